@@ -1,0 +1,1 @@
+//! The coordinator: Raft, the replicated state, follow, leases, commit, API.

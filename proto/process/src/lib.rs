@@ -1,0 +1,1 @@
+//! What every long-running process shares: shutdown tree, TLS identity, telemetry, config, crash-safe files.

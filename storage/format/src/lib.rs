@@ -1,0 +1,1 @@
+//! Bytes of segments and records; no tokio, no sled.

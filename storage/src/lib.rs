@@ -1,0 +1,1 @@
+//! The storage node: segments, index, QUIC server, forwarding, receipts.
