@@ -1,0 +1,1 @@
+//! The `lab` transport: WMI requests over a socket to the simulated cluster.
