@@ -1,0 +1,59 @@
+//! VHDX and AVHDX (MS-VHDX): reading single files and writing them.
+//!
+//! The parsers ([`Header`], [`RegionTable`], [`Metadata`], [`ParentLocator`], the log) take plain
+//! bytes and know no files. [`VhdxLayer`] is one file read-only, [`VhdxWriter`] one opened for writing.
+//! A chain of layers is [`DiskChain`](crate::DiskChain).
+
+mod bat;
+mod bitmap;
+mod bytes;
+mod commit;
+mod create;
+mod header;
+mod image;
+mod layer;
+mod locator;
+mod log;
+mod metadata;
+mod overlay;
+mod region;
+mod reparent;
+mod writer;
+
+pub use commit::CrashPoint;
+pub use create::CreateOptions;
+pub use header::Header;
+pub use layer::{LayerMap, Presence, Run, VhdxLayer};
+pub use locator::ParentLocator;
+pub use metadata::Metadata;
+pub use region::{Region, RegionTable};
+pub use reparent::set_parent;
+pub use writer::VhdxWriter;
+
+pub(crate) use layer::{read_through, visible};
+pub(crate) use reparent::{announce_parent_change, check_linkage};
+
+/// The first eight bytes of every VHDX file.
+pub(crate) const SIGNATURE: &[u8; 8] = b"vhdxfile";
+
+/// Structures inside the file start at multiples of this.
+pub(crate) const MIB: u64 = 1 << 20;
+
+/// Unit of the log and of metadata updates.
+pub(crate) const LOG_SECTOR: usize = 4096;
+
+/// Largest virtual disk.
+pub(crate) const MAX_SIZE: u64 = 64 << 40;
+
+/// Reads a whole VHDX from memory, its allocation map and its first bytes included: one entry point
+/// for fuzzing everything that looks at untrusted bytes.
+///
+/// # Errors
+/// Whatever is wrong with the bytes; never a panic.
+pub fn inspect_bytes(bytes: Vec<u8>) -> Result<LayerMap, crate::DiskError> {
+    let layer = VhdxLayer::from_source("memory.vhdx".into(), std::sync::Arc::new(bytes))?;
+    let map = layer.map()?;
+    let mut start = vec![0; layer.info().size.min(1 << 16) as usize];
+    read_through(&layer, &[], 0, &mut start)?;
+    Ok(map)
+}

@@ -1,0 +1,138 @@
+//! The parent locator: which disk a differencing disk was made from, and where it may be.
+
+use std::path::{Component, Path, PathBuf};
+
+use uuid::{Uuid, uuid};
+
+use super::bytes::{Fields, put};
+use crate::error::FormatError;
+
+const TYPE: Uuid = uuid!("b04aefb7-d19e-4a81-b789-25b8e9445913");
+const NAME: &str = "parent locator";
+
+/// Keys and values in the order in which they are stored.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ParentLocator {
+    entries: Vec<(String, String)>,
+}
+
+impl ParentLocator {
+    /// Reads a locator item.
+    ///
+    /// # Errors
+    /// An unknown type, or keys and values outside of the item.
+    pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
+        let fields = Fields::new(bytes, NAME, 20)?;
+        let kind = fields.guid(0);
+        if kind != TYPE {
+            return Err(FormatError::unsupported(NAME, format!("is of the unknown type {kind}")));
+        }
+        let count = usize::from(fields.u16(18));
+        Fields::new(bytes, NAME, 20 + count * 12)?;
+        let mut entries = Vec::with_capacity(count);
+        for at in (0..count).map(|i| 20 + i * 12) {
+            let key = text(bytes, fields.u32(at), fields.u16(at + 8))?;
+            let value = text(bytes, fields.u32(at + 4), fields.u16(at + 10))?;
+            entries.push((key, value));
+        }
+        Ok(Self { entries })
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = vec![0; 20 + self.entries.len() * 12];
+        put(&mut out, 0, &TYPE.to_bytes_le());
+        put(&mut out, 18, &(self.entries.len() as u16).to_le_bytes());
+        for (i, (key, value)) in self.entries.iter().enumerate() {
+            let at = 20 + i * 12;
+            for (offset_at, length_at, text) in [(at, at + 8, key), (at + 4, at + 10, value)] {
+                let bytes: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+                let offset = (out.len() as u32).to_le_bytes();
+                put(&mut out, offset_at, &offset);
+                put(&mut out, length_at, &(bytes.len() as u16).to_le_bytes());
+                out.extend_from_slice(&bytes);
+            }
+        }
+        out
+    }
+
+    /// The value of a key.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.entries.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+
+    /// Sets a key, or removes it.
+    pub(crate) fn set(&mut self, key: &str, value: Option<String>) {
+        self.entries.retain(|(k, _)| k != key);
+        self.entries.extend(value.map(|v| (key.to_owned(), v)));
+    }
+
+    /// The DataWriteGuids that the parent may have: the one when the child was made and, while a merge
+    /// into the parent runs, the one that the parent has from then on.
+    pub fn linkages(&self) -> Vec<Uuid> {
+        ["parent_linkage", "parent_linkage2"]
+            .iter()
+            .filter_map(|key| Uuid::parse_str(self.get(key)?.trim()).ok())
+            .collect()
+    }
+
+    /// Where the parent may be, in the order in which to look. A relative path is relative to the
+    /// child's folder; a volume path means something only on the host that wrote it.
+    pub fn candidates(&self, child: &Path) -> Vec<PathBuf> {
+        let folder = child.parent().unwrap_or(Path::new(""));
+        let mut out = Vec::new();
+        if let Some(relative) = self.get("relative_path").filter(|p| !p.is_empty()) {
+            let mut path = folder.to_owned();
+            path.extend(relative.split(['\\', '/']).filter(|part| !matches!(*part, "" | ".")));
+            out.push(path);
+        }
+        if cfg!(windows) {
+            out.extend(self.get("volume_path").filter(|p| !p.is_empty()).map(PathBuf::from));
+        }
+        out.extend(self.get("absolute_win32_path").filter(|p| !p.is_empty()).map(PathBuf::from));
+        out
+    }
+
+    /// A locator that names `parent` from `child`, both absolute; `None` if a name is not Unicode.
+    pub(crate) fn naming(child: &Path, parent: &Path, linkage: Uuid) -> Option<Self> {
+        let mut locator = Self::default();
+        locator.set("parent_linkage", Some(linkage_text(linkage)));
+        locator.set("relative_path", relative(child, parent)?);
+        locator.set("absolute_win32_path", Some(parent.to_str()?.to_owned()));
+        Some(locator)
+    }
+}
+
+/// A GUID as locators write it.
+pub(crate) fn linkage_text(guid: Uuid) -> String {
+    format!("{{{guid}}}")
+}
+
+/// The parent's path from the child's folder, with backslashes. The outer option is whether the names
+/// are Unicode, the inner whether the two are on one volume.
+fn relative(child: &Path, parent: &Path) -> Option<Option<String>> {
+    let from: Vec<Component<'_>> = child.parent()?.components().collect();
+    let to: Vec<Component<'_>> = parent.components().collect();
+    let shared = from.iter().zip(&to).take_while(|(a, b)| a == b).count();
+    if shared == 0 {
+        return Some(None);
+    }
+    let mut parts = vec![if shared == from.len() { "." } else { ".." }];
+    parts.extend((shared + 1..from.len()).map(|_| ".."));
+    for part in &to[shared..] {
+        parts.push(part.as_os_str().to_str()?);
+    }
+    Some(Some(parts.join("\\")))
+}
+
+fn text(bytes: &[u8], offset: u32, length: u16) -> Result<String, FormatError> {
+    let (start, end) = (offset as usize, offset as usize + usize::from(length));
+    let found = bytes.len() as u64;
+    let truncated = FormatError::Truncated { structure: NAME, needed: end as u64, found };
+    let raw = bytes.get(start..end).ok_or(truncated)?;
+    if !length.is_multiple_of(2) {
+        return Err(FormatError::corrupt(NAME, "has a text of an odd number of bytes"));
+    }
+    let units: Vec<u16> = raw.chunks_exact(2).map(|c| u16::from_le_bytes([c[0], c[1]])).collect();
+    String::from_utf16(&units)
+        .map_err(|_| FormatError::corrupt(NAME, "has a text that is not UTF-16"))
+}
