@@ -263,7 +263,7 @@ mod tests {
         assert!(child.running().is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn what_does_not_leave_is_named_and_aborted() {
         let group = TaskGroup::new("root");
         group.spawn("stubborn", std::future::pending());
