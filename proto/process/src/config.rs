@@ -194,9 +194,9 @@ impl fmt::Display for Suggestion<'_> {
     }
 }
 
-/// The known name within a third of the word's length, if there is one.
+/// The known name within a third of the word's length, rounded up, if there is one.
 fn nearest(unknown: &str, known: &[String]) -> Option<String> {
-    let bound = (unknown.chars().count() / 3).max(1);
+    let bound = unknown.chars().count().div_ceil(3);
     known
         .iter()
         .map(|name| (distance(unknown, name), name))

@@ -12,13 +12,13 @@ use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
 use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTraceServiceRequest, ExportTraceServiceResponse,
 };
-use outrider_process::identity::ca::FabricCa;
+use outrider_process::identity::ca::{FabricCa, IssuedIdentity};
 use outrider_process::identity::{
     Identity, IdentityError, PeerName, Role, peer_of_connection, peer_of_request, sign,
 };
 use outrider_process::tasks::TaskGroup;
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tonic::transport::{Channel, Server};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -154,7 +154,7 @@ async fn members_of_one_fabric_see_each_others_names() {
 }
 
 #[tokio::test]
-async fn a_member_of_another_fabric_is_refused_by_both_sides() {
+async fn a_member_of_another_fabric_does_not_accept_our_server() {
     let ours = Fabric::new("ours");
     let theirs = Fabric::new("theirs");
     let storage = ours.member(Role::Storage, "s-1");
@@ -175,26 +175,50 @@ async fn a_server_of_another_role_is_refused_by_the_client() {
     assert!(error.contains("NotValidForName"), "{error}");
 }
 
-#[tokio::test]
-async fn a_client_without_a_certificate_is_refused() {
-    let fabric = Fabric::new("f");
+/// What a server says to a QUIC client that trusts it but shows these credentials.
+async fn answer_to(
+    fabric: &Fabric,
+    shown: Option<&IssuedIdentity>,
+) -> Result<(), quinn::ConnectionError> {
     let storage = fabric.member(Role::Storage, "s-1");
     let config = storage.quinn_server(ALPN, transport()).expect("server");
     let listening = quinn::Endpoint::server(config, loopback()).expect("bound");
     let mut roots = rustls::RootCertStore::empty();
     let ca = CertificateDer::from_pem_slice(fabric.ca.cert_pem().as_bytes()).expect("PEM");
     roots.add(ca).expect("a certificate");
-    let mut bare =
-        rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    bare.alpn_protocols = vec![ALPN[0].to_vec()];
-    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(bare).expect("TLS 1.3");
+    let builder = rustls::ClientConfig::builder().with_root_certificates(roots);
+    let mut client = match shown {
+        Some(issued) => {
+            let cert = CertificateDer::from_pem_slice(issued.cert_pem.as_bytes()).expect("PEM");
+            let key = PrivateKeyDer::from_pem_slice(issued.key_pem.expose()).expect("PEM");
+            builder.with_client_auth_cert(vec![cert], key).expect("a pair")
+        }
+        None => builder.with_no_client_auth(),
+    };
+    client.alpn_protocols = vec![ALPN[0].to_vec()];
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(client).expect("TLS 1.3");
     let mut dialing = quinn::Endpoint::client(loopback()).expect("bound");
     dialing.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
     let address = listening.local_addr().expect("bound");
     let connecting = dialing.connect(address, &Role::Storage.server_name()).expect("well formed");
-    let (accepted, _) =
-        tokio::join!(async { listening.accept().await.expect("open").await.map(drop) }, connecting);
-    accepted.expect_err("no certificate");
+    let accept = async { listening.accept().await.expect("open").await.map(drop) };
+    let both = async { tokio::join!(accept, connecting) };
+    let (accepted, _) = tokio::time::timeout(DEADLINE, both).await.expect("a handshake ends");
+    accepted
+}
+
+#[tokio::test]
+async fn a_server_refuses_strangers_and_those_whose_time_is_over() {
+    let fabric = Fabric::new("f");
+    let theirs = FabricCa::create("f").expect("a fabric of the same id");
+    let now = SystemTime::now();
+    let good = fabric.ca.issue(Role::Node, "n-1", DAY).expect("issued");
+    let stranger = theirs.issue(Role::Node, "n-1", DAY).expect("issued");
+    let expired = fabric.ca.issue_between(Role::Node, "n-1", now - 2 * DAY, now - DAY);
+    answer_to(&fabric, Some(&good)).await.expect("a member");
+    answer_to(&fabric, None).await.expect_err("no certificate");
+    answer_to(&fabric, Some(&stranger)).await.expect_err("another authority");
+    answer_to(&fabric, Some(&expired.expect("issued"))).await.expect_err("expired");
 }
 
 #[test]
