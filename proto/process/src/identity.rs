@@ -3,7 +3,7 @@
 //! Each fabric has a certificate authority of its own ([`ca`]). A certificate names a fabric, a
 //! [`Role`] and a name ([`PeerName`], in a URI SAN); its DNS SAN is that of the role, so that a
 //! client that means a coordinator cannot be answered by a storage node. Every connection is
-//! mutually authenticated TLS 1.3 ([`tls`]); nothing else is offered.
+//! mutually authenticated TLS 1.3; nothing else is offered.
 //!
 //! An identity directory holds `ca.pem`, `cert.pem`, `key.pem` and `sign.pk8` ([`sign`]).
 
