@@ -33,6 +33,11 @@ impl SigningKey {
         self.pair.public_key().as_ref().try_into().expect("an Ed25519 public key has 32 bytes")
     }
 
+    /// The pair, for formats that sign themselves (receipts, tickets).
+    pub fn pair(&self) -> &Ed25519KeyPair {
+        &self.pair
+    }
+
     /// Signs a message.
     pub fn sign(&self, message: &[u8]) -> [u8; 64] {
         let signature = self.pair.sign(message);
