@@ -83,9 +83,9 @@ pub enum DiskError {
         /// The property that differs.
         what: &'static str,
         /// The value that the child asks for.
-        expected: String,
+        expected: Box<str>,
         /// The value that the parent has.
-        found: String,
+        found: Box<str>,
     },
     /// A chain that leads back to itself.
     #[error("the checkpoint chain of {} is circular: {} is its own ancestor", leaf.display(), again.display())]

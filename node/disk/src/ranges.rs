@@ -150,7 +150,8 @@ impl RangeSet {
     /// Whether any of the `len` bytes from `start` is in the set.
     pub fn overlaps(&self, start: u64, len: u64) -> bool {
         let at = self.ranges.partition_point(|r| r.end() <= start);
-        self.ranges.get(at).is_some_and(|r| r.start < start.saturating_add(len))
+        let end = start.saturating_add(len);
+        self.ranges.get(at).is_some_and(|r| r.start.max(start) < end)
     }
 
     /// The ranges in ascending order.

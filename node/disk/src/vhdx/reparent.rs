@@ -84,8 +84,13 @@ fn mismatch(
     expected: String,
     found: String,
 ) -> DiskError {
-    let (child, parent) = (child.path().to_owned(), parent.path().to_owned());
-    DiskError::ParentMismatch { child, parent, what, expected, found }
+    DiskError::ParentMismatch {
+        child: child.path().to_owned(),
+        parent: parent.path().to_owned(),
+        what,
+        expected: expected.into(),
+        found: found.into(),
+    }
 }
 
 fn no_parent(child: &Path) -> DiskError {
