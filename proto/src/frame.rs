@@ -18,9 +18,7 @@
 
 use bytes::Bytes;
 
-use crate::ids::{
-    ChunkId, FabricId, JobId, LayoutEpoch, NodeIncarnation, PgId, SessionId, Window,
-};
+use crate::ids::{ChunkId, FabricId, JobId, LayoutEpoch, NodeIncarnation, PgId, SessionId, Window};
 use crate::record::{HEADER_LEN, MAX_PAYLOAD};
 use crate::wire::{DecodeError, Put as _, Reader};
 

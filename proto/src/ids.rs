@@ -275,7 +275,8 @@ mod tests {
 
     #[test]
     fn text_forms_round_trip() {
-        let vm = VmKey { realm: "클러스터".into(), guid: VmGuid::random(), role: VmRole::Replica };
+        let vm =
+            VmKey { realm: "클러스터".into(), guid: VmGuid::random(), role: VmRole::Replica };
         assert_eq!(vm.to_string().parse::<VmKey>().expect("own text form"), vm);
         let id = ChunkId([7; 32]);
         assert_eq!(id.to_string().parse::<ChunkId>().expect("own text form"), id);

@@ -79,7 +79,7 @@ pub fn pg_of(id: &ChunkId, pg_count: usize) -> Option<PgId> {
         return None;
     }
     let slice = usize::from(u16::from_be_bytes([id.0[0], id.0[1]]));
-    u16::try_from(slice * pg_count.min(1 << 16) >> 16).ok().map(PgId)
+    u16::try_from((slice * pg_count.min(1 << 16)) >> 16).ok().map(PgId)
 }
 
 /// Chooses the replicas of every PG among `nodes`: at most one per zone as long as zones last, then the rest by score.
@@ -89,11 +89,8 @@ pub fn pg_of(id: &ChunkId, pg_count: usize) -> Option<PgId> {
 pub fn assign(nodes: &[StorageNode], pg_count: u16, replicas: u8) -> Vec<Vec<u16>> {
     (0..pg_count)
         .map(|pg| {
-            let mut scored: Vec<(f64, u16)> = nodes
-                .iter()
-                .zip(0u16..)
-                .map(|(node, index)| (score(node, pg), index))
-                .collect();
+            let mut scored: Vec<(f64, u16)> =
+                nodes.iter().zip(0u16..).map(|(node, index)| (score(node, pg), index)).collect();
             scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
             let mut chosen: Vec<u16> = Vec::with_capacity(usize::from(replicas));
             for fresh_zones_only in [true, false] {
@@ -103,7 +100,8 @@ pub fn assign(nodes: &[StorageNode], pg_count: u16, replicas: u8) -> Vec<Vec<u16
                     }
                     let zone = &nodes[usize::from(index)].zone;
                     let zone_used = chosen.iter().any(|&c| &nodes[usize::from(c)].zone == zone);
-                    if !chosen.contains(&index) && !(fresh_zones_only && zone_used) {
+                    let wrong_zone = fresh_zones_only && zone_used;
+                    if !wrong_zone && !chosen.contains(&index) {
                         chosen.push(index);
                     }
                 }

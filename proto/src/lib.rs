@@ -20,3 +20,6 @@ pub mod seal;
 pub mod status;
 pub mod ticket;
 pub mod wire;
+
+#[cfg(test)]
+mod golden;

@@ -5,9 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{
-    CheckpointId, ChunkId, DiskId, JobId, PointId, VmIncarnation, VmKey,
-};
+use crate::ids::{CheckpointId, ChunkId, DiskId, JobId, PointId, VmIncarnation, VmKey};
 use crate::page::{Link, Links, root_level};
 use crate::record::{Kind, Record};
 use crate::seal::{SealError, Sealer};
@@ -132,10 +130,8 @@ impl Manifest {
         let clear = self.links().encode();
         let mut body = Vec::new();
         body.put_u16(MANIFEST_VERSION);
-        let body = postcard::to_extend(self, body).map_err(|e| ManifestError::Body {
-            id: ChunkId::HOLE,
-            detail: e.to_string(),
-        })?;
+        let body = postcard::to_extend(self, body)
+            .map_err(|e| ManifestError::Body { id: ChunkId::HOLE, detail: e.to_string() })?;
         let id = sealer.id_of(Kind::Page, &clear, &body);
         sealer.seal(Kind::Page, id, &clear, &body).map_err(|e| ManifestError::Seal(id, e))
     }
@@ -153,8 +149,7 @@ impl Manifest {
         if version != MANIFEST_VERSION {
             return Err(body(format!("version {version}, this release reads 1: upgrade")));
         }
-        let manifest: Self =
-            postcard::from_bytes(r.rest()).map_err(|e| body(e.to_string()))?;
+        let manifest: Self = postcard::from_bytes(r.rest()).map_err(|e| body(e.to_string()))?;
         if !manifest.chunk_size.is_power_of_two()
             || !(64 << 10..=4 << 20).contains(&manifest.chunk_size)
         {

@@ -14,9 +14,7 @@
 
 use ring::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};
 
-use crate::ids::{
-    ChunkId, FabricId, JobId, LayoutEpoch, NodeIncarnation, PgId, SessionId, Window,
-};
+use crate::ids::{ChunkId, FabricId, JobId, LayoutEpoch, NodeIncarnation, PgId, SessionId, Window};
 use crate::wire::{DecodeError, Put, Reader};
 
 /// What a receipt says of one PG.
@@ -141,9 +139,7 @@ impl Receipt {
         };
         let count = r.count(10)?;
         receipt.pgs = (0..count)
-            .map(|_| {
-                Ok(PgReceipt { pg: PgId(r.u16()?), puts_through: r.u32()?, haves: r.u32()? })
-            })
+            .map(|_| Ok(PgReceipt { pg: PgId(r.u16()?), puts_through: r.u32()?, haves: r.u32()? }))
             .collect::<Result<_, DecodeError>>()?;
         r.finish()?;
         Ok(receipt)
@@ -210,15 +206,9 @@ fn expect(r: &mut Reader<'_>, kind: u8) -> Result<(), DecodeError> {
 }
 
 fn split(bytes: &[u8]) -> Result<(&[u8], &[u8]), ReceiptError> {
-    bytes
-        .len()
-        .checked_sub(64)
-        .map(|at| bytes.split_at(at))
-        .ok_or(ReceiptError::Malformed(DecodeError::Short {
-            what: "receipt",
-            needed: 64,
-            left: bytes.len(),
-        }))
+    bytes.len().checked_sub(64).map(|at| bytes.split_at(at)).ok_or(ReceiptError::Malformed(
+        DecodeError::Short { what: "receipt", needed: 64, left: bytes.len() },
+    ))
 }
 
 fn check(bytes: &[u8], key: Option<&[u8]>) -> Result<(), ReceiptError> {

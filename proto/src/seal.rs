@@ -69,7 +69,9 @@ pub enum SealError {
         expected: DomainId,
     },
     /// The tag does not match: wrong key or changed bytes.
-    #[error("record {id:?} does not open with the domain's key: wrong key, or its bytes were changed")]
+    #[error(
+        "record {id:?} does not open with the domain's key: wrong key, or its bytes were changed"
+    )]
     Forged {
         /// Record.
         id: ChunkId,
@@ -156,6 +158,20 @@ impl Sealer {
         clear: &[u8],
         plain: &[u8],
     ) -> Result<Record, SealError> {
+        let mut nonce = [0u8; 12];
+        SystemRandom::new().fill(&mut nonce).map_err(|_| SealError::NoRandom)?;
+        self.seal_with_nonce(kind, id, clear, plain, nonce)
+    }
+
+    /// Apart from [`Sealer::seal`] only so that golden records can be made again.
+    pub(crate) fn seal_with_nonce(
+        &self,
+        kind: Kind,
+        id: ChunkId,
+        clear: &[u8],
+        plain: &[u8],
+        nonce: [u8; 12],
+    ) -> Result<Record, SealError> {
         let bound = HEADER_LEN + clear.len() + plain.len().max(64) + TAG_LEN;
         if bound > MAX_PAYLOAD + HEADER_LEN {
             return Err(SealError::TooLong { len: plain.len() });
@@ -171,8 +187,6 @@ impl Sealer {
                 (Codec::Stored, plain.len())
             }
         };
-        let mut nonce = [0u8; 12];
-        SystemRandom::new().fill(&mut nonce).map_err(|_| SealError::NoRandom)?;
         let mut header = Header {
             kind,
             cipher: CIPHER_AES_256_GCM,
@@ -212,21 +226,13 @@ impl Sealer {
         let header = record.header();
         let id = header.id;
         if header.domain != self.keys.domain {
-            return Err(SealError::Domain {
-                id,
-                found: header.domain,
-                expected: self.keys.domain,
-            });
+            return Err(SealError::Domain { id, found: header.domain, expected: self.keys.domain });
         }
         let key = self.record_key(id, header.key_epoch)?;
         let aad = associated(record.aad_header(), record.clear());
         let mut body = record.sealed().to_vec();
         let opened = key
-            .open_in_place(
-                Nonce::assume_unique_for_key(header.nonce),
-                Aad::from(&aad),
-                &mut body,
-            )
+            .open_in_place(Nonce::assume_unique_for_key(header.nonce), Aad::from(&aad), &mut body)
             .map_err(|_| SealError::Forged { id })?
             .len();
         body.truncate(opened);

@@ -76,7 +76,9 @@ pub enum TicketError {
         presented_by: String,
     },
     /// Too old.
-    #[error("ticket ended at {not_after_unix_ms} ms, now is {now_unix_ms} ms: ask the coordinator for a new lease, and check the clocks")]
+    #[error(
+        "ticket ended at {not_after_unix_ms} ms, now is {now_unix_ms} ms: ask the coordinator for a new lease, and check the clocks"
+    )]
     Expired {
         /// End.
         not_after_unix_ms: u64,
@@ -116,9 +118,12 @@ impl Ticket {
     /// # Errors
     /// [`TicketError::Malformed`], [`TicketError::Signature`].
     pub fn verify(bytes: &[u8], key: &[u8]) -> Result<Self, TicketError> {
-        let split = bytes.len().checked_sub(64).ok_or(TicketError::Malformed(
-            DecodeError::Short { what: "ticket", needed: 64, left: bytes.len() },
-        ))?;
+        let split =
+            bytes.len().checked_sub(64).ok_or(TicketError::Malformed(DecodeError::Short {
+                what: "ticket",
+                needed: 64,
+                left: bytes.len(),
+            }))?;
         let (body, signature) = bytes.split_at(split);
         UnparsedPublicKey::new(&ED25519, key)
             .verify(body, signature)

@@ -71,9 +71,7 @@ impl<'a> Reader<'a> {
                 self.rest = tail;
                 Ok(head)
             }
-            None => {
-                Err(DecodeError::Short { what: self.what, needed: len, left: self.rest.len() })
-            }
+            None => Err(DecodeError::Short { what: self.what, needed: len, left: self.rest.len() }),
         }
     }
 

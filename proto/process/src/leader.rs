@@ -68,10 +68,11 @@ impl LeaderClient {
         if let Some(channel) = self.lock().channels.get(&address) {
             return Ok(channel.clone());
         }
-        let unusable =
-            |e: &dyn std::fmt::Display| Status::invalid_argument(format!(
+        let unusable = |e: &dyn std::fmt::Display| {
+            Status::invalid_argument(format!(
                 "coordinator address {address:?} cannot be used: {e}; expected ip:port"
-            ));
+            ))
+        };
         let channel = Endpoint::from_shared(format!("https://{address}"))
             .map_err(|e| unusable(&e))?
             .tls_config(self.identity.tonic_client_tls(Role::Coordinator))

@@ -1,0 +1,199 @@
+//! Bytes that must never change: `tests/golden/*.txt` holds one line a sample, name and hexadecimal bytes. Old peers and
+//! old segments hold these very bytes; a difference needs a new format version beside the old one, never an edit here.
+//!
+//! A new file is made by running the test once with `OUTRIDER_GOLDEN=new`, which refuses to touch an existing one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::ids::{
+    CheckpointId, ChunkId, DiskId, DomainId, FabricId, JobId, KeyEpoch, LayoutEpoch, LeaseEpoch,
+    NodeIncarnation, PgId, PointId, SessionId, VmGuid, VmIncarnation, VmKey, VmRole, Window,
+    WriterId,
+};
+use crate::journal::{JournalClear, JournalDisk, JournalEntry, JournalStart};
+use crate::manifest::{ConfigFile, DiskManifest, Layer, Manifest};
+use crate::page::Links;
+use crate::receipt::{NamedReceipt, PgReceipt, Receipt};
+use crate::record::{Kind, Record};
+use crate::root::Root;
+use crate::seal::{DomainKeys, Key32, Sealer};
+use crate::ticket::{Operations, Ticket};
+
+/// Compares samples with the golden file of this name.
+pub(crate) fn compare(file: &str, samples: &[(String, Vec<u8>)]) {
+    let path = format!("{}/tests/golden/{file}", env!("CARGO_MANIFEST_DIR"));
+    let now: String =
+        samples.iter().map(|(name, bytes)| format!("{name} {}\n", hex::encode(bytes))).collect();
+    if std::env::var("OUTRIDER_GOLDEN").as_deref() == Ok("new") {
+        assert!(!std::path::Path::new(&path).exists(), "{path} exists and is never rewritten");
+        std::fs::write(&path, &now).expect("golden folder is writable");
+    }
+    let golden = std::fs::read_to_string(&path).expect("golden file is in the repository");
+    for (now, golden) in now.lines().zip(golden.lines()) {
+        assert_eq!(now, golden, "{file}: bytes changed, old data could not be read any more");
+    }
+    assert_eq!(
+        now.lines().count(),
+        golden.lines().count(),
+        "{file}: samples were added or removed"
+    );
+}
+
+fn sealer() -> Sealer {
+    let keys = DomainKeys {
+        domain: DomainId::from_bytes([9; 16]),
+        id_key: Key32([1; 32]),
+        data_keys: BTreeMap::from([(KeyEpoch(7), Key32([2; 32]))]),
+        current: KeyEpoch(7),
+    };
+    Sealer::new(Arc::new(keys), WriterId([3; 16]))
+}
+
+fn manifest() -> Manifest {
+    Manifest {
+        point: PointId::from_bytes([1; 16]),
+        job: JobId::from_bytes([2; 16]),
+        vm: VmKey {
+            realm: "cluster1".into(),
+            guid: VmGuid::from_bytes([3; 16]),
+            role: VmRole::Primary,
+        },
+        vm_name: "데이터베이스".into(),
+        incarnation: VmIncarnation(4),
+        checkpoint: CheckpointId::from_bytes([5; 16]),
+        taken_unix_ms: 1_700_000_000_000,
+        chunk_size: 256 << 10,
+        consistency: "APPLICATION".into(),
+        reasons: vec!["first backup".into()],
+        tracking_unproven: true,
+        config: vec![ConfigFile {
+            name: "vm.vmcx".into(),
+            size: 100,
+            chunks: vec![ChunkId([6; 32])],
+        }],
+        disks: vec![DiskManifest {
+            disk_id: DiskId::from_bytes([7; 16]),
+            slot: "0/0".into(),
+            file_name: "os.vhdx".into(),
+            size: (1 << 30) + 512,
+            logical_sector: 512,
+            physical_sector: 4096,
+            block_size: 32 << 20,
+            fixed: false,
+            layers: vec![Layer { root_level: 2, root: ChunkId([8; 32]) }],
+            excluded: vec![(4096, 8192)],
+        }],
+    }
+}
+
+fn journal() -> (JournalClear, JournalEntry) {
+    let clear = JournalClear {
+        sequence: 1,
+        job: JobId::from_bytes([2; 16]),
+        checkpoint: CheckpointId::from_bytes([5; 16]),
+        lease_epoch: LeaseEpoch(6),
+    };
+    let entry = JournalEntry::Start(JournalStart {
+        checkpoint: clear.checkpoint,
+        chunk_size: 256 << 10,
+        taken_unix_ms: 1_700_000_000_000,
+        consistency: "CRASH".into(),
+        kind: 1,
+        reasons: vec!["asked".into()],
+        parent: Some((PointId::from_bytes([1; 16]), ChunkId([4; 32]))),
+        disks: vec![JournalDisk {
+            disk_id: DiskId::from_bytes([7; 16]),
+            size: 1 << 30,
+            to_read: vec![(0, 65536), (1 << 20, 4096)],
+            incremental: true,
+        }],
+    });
+    (clear, entry)
+}
+
+#[test]
+fn golden_records_open_to_the_same_bytes_for_ever() {
+    let sealer = sealer();
+    let seal = |kind, clear: &[u8], plain: &[u8]| {
+        let id = sealer.id_of(kind, clear, plain);
+        sealer.seal_with_nonce(kind, id, clear, plain, [4; 12]).expect("seals").bytes().to_vec()
+    };
+    let page = Links::Page { level: 1, children: vec![ChunkId([5; 32]), ChunkId::HOLE] }.encode();
+    let manifest = manifest();
+    let mut body = 1u16.to_le_bytes().to_vec();
+    body.extend(postcard::to_stdvec(&manifest).expect("encodes"));
+    let (journal_clear, journal_entry) = journal();
+    let mut journal_body = 1u16.to_le_bytes().to_vec();
+    journal_body.extend(postcard::to_stdvec(&journal_entry).expect("encodes"));
+    let samples = vec![
+        ("data-stored".to_owned(), seal(Kind::Data, b"", b"short plain bytes")),
+        ("page".to_owned(), seal(Kind::Page, &page, b"")),
+        ("manifest".to_owned(), seal(Kind::Page, &manifest.links().encode(), &body)),
+        ("journal".to_owned(), seal(Kind::Journal, &journal_clear.encode(), &journal_body)),
+    ];
+    compare("records-v1.txt", &samples);
+
+    let open = |at: usize| Record::decode(Bytes::from(samples[at].1.clone())).expect("decodes");
+    assert_eq!(sealer.open(&open(0)).expect("opens"), b"short plain bytes");
+    assert_eq!(Manifest::open(&sealer, &open(2)).expect("opens"), manifest);
+    assert_eq!(
+        JournalEntry::open(&sealer, &open(3)).expect("opens"),
+        (journal_clear, journal_entry)
+    );
+}
+
+#[test]
+fn golden_roots_tickets_and_receipts_never_change() {
+    let key = ring::signature::Ed25519KeyPair::from_seed_unchecked(&[7; 32]).expect("32 bytes");
+    let root = Root {
+        point: PointId::from_bytes([1; 16]),
+        job: JobId::from_bytes([2; 16]),
+        vm_hash: [3; 32],
+        vm_guid: VmGuid::from_bytes([4; 16]),
+        incarnation: VmIncarnation(5),
+        manifest: ChunkId([6; 32]),
+        taken_unix_ms: 7,
+        lock_until_unix_ms: 8,
+        lease_epoch: LeaseEpoch(9),
+    };
+    let ticket = Ticket {
+        operations: Operations::BACKUP,
+        fabric: FabricId::from_bytes([1; 16]),
+        job: JobId::from_bytes([2; 16]),
+        vm: VmGuid::from_bytes([3; 16]),
+        domain: DomainId::from_bytes([4; 16]),
+        lease_epoch: LeaseEpoch(5),
+        not_after_unix_ms: 6,
+        host: "hv1".into(),
+    };
+    let receipt = Receipt {
+        fabric: FabricId::from_bytes([1; 16]),
+        job: JobId::from_bytes([2; 16]),
+        session: SessionId::from_bytes([3; 16]),
+        window: Window(4),
+        node: "s1".into(),
+        incarnation: NodeIncarnation(5),
+        layout_epoch: LayoutEpoch(6),
+        pgs: vec![PgReceipt { pg: PgId(7), puts_through: 8, haves: 9 }],
+    };
+    let named = NamedReceipt {
+        fabric: FabricId::from_bytes([1; 16]),
+        node: "s1".into(),
+        incarnation: NodeIncarnation(5),
+        space: 1,
+        key: vec![2; 16],
+        id: ChunkId([3; 32]),
+    };
+    compare(
+        "signed-v1.txt",
+        &[
+            ("root-clear".to_owned(), root.encode()),
+            ("ticket".to_owned(), ticket.sign(&key)),
+            ("receipt".to_owned(), receipt.sign(&key)),
+            ("named-receipt".to_owned(), named.sign(&key)),
+        ],
+    );
+}
