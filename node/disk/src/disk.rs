@@ -1,5 +1,7 @@
 //! What a backup needs of any virtual disk.
 
+use std::sync::Arc;
+
 use uuid::Uuid;
 
 use crate::{DiskError, RangeSet};
@@ -61,6 +63,20 @@ pub trait ReadDisk: Send + Sync {
     /// # Errors
     /// What reading the allocation tables met.
     fn allocated(&self) -> Result<RangeSet, DiskError>;
+}
+
+impl<D: ReadDisk + ?Sized> ReadDisk for Arc<D> {
+    fn info(&self) -> &DiskInfo {
+        (**self).info()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        (**self).read_at(offset, buf)
+    }
+
+    fn allocated(&self) -> Result<RangeSet, DiskError> {
+        (**self).allocated()
+    }
 }
 
 impl<D: ReadDisk + ?Sized> ReadDisk for Box<D> {

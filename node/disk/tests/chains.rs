@@ -297,3 +297,14 @@ fn a_child_stores_only_the_sectors_that_were_written() {
     // The base's block of 1 MiB, and the sectors of the two children.
     assert_eq!(allocated.total_len(), MIB + 4096 + 4096);
 }
+
+#[test]
+fn a_block_that_a_child_made_zeros_is_no_longer_allocated() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = three(dir.path());
+    let mut leaf = VhdxWriter::open(&paths[2]).unwrap();
+    leaf.write_zeroes(0, 2 * MIB).unwrap();
+    leaf.close().unwrap();
+    let allocated = DiskChain::open(&paths[2]).unwrap().allocated().unwrap();
+    assert_eq!(allocated, RangeSet::single(2 * MIB, 4096));
+}

@@ -116,3 +116,21 @@ fn identifiers_change_only_when_something_was_written() {
     assert_ne!(guids().1, new.1);
     assert_eq!(guids().1, said, "one change for each opening");
 }
+
+#[test]
+fn more_changes_than_a_log_entry_holds_are_committed_on_the_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, child) = (dir.path().join("base.vhdx"), dir.path().join("child.avhdx"));
+    create(&base).close().unwrap();
+    // Blocks of 1 MiB have 256 bytes of bits: every 16th is in another sector of the bitmap.
+    let mut disk = VhdxWriter::create_child(&child, &base, Some(MIB as u32)).unwrap();
+    let blocks: Vec<u64> = (0..600).step_by(2).collect();
+    for block in &blocks {
+        disk.write_at(block * MIB + 512, &[*block as u8 | 1; 512]).unwrap();
+    }
+    assert!(blocks.iter().all(|block| byte(&disk, block * MIB + 512) == *block as u8 | 1));
+    disk.close().unwrap();
+    let disk = DiskChain::open(&child).unwrap();
+    assert!(blocks.iter().all(|block| byte(&disk, block * MIB + 512) == *block as u8 | 1));
+    assert_eq!(disk.allocated().unwrap().total_len(), 512 * blocks.len() as u64);
+}

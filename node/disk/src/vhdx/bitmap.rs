@@ -1,5 +1,8 @@
 //! Sector bitmaps: least significant bit first, 1 = the sector is in this file.
 
+#[cfg(test)]
+mod tests;
+
 /// Calls `found(start, count, set)` for each run of equal bits among `count` bits from `first` on.
 pub(crate) fn runs<E>(
     bits: &[u8],

@@ -52,7 +52,7 @@ impl VhdxWriter {
                 header.data_write_guid = std::mem::take(&mut writer.next_data_guid);
             }
             writer.layer.header = header;
-            writer.write_header()
+            writer.write_headers()
         })
     }
 
@@ -62,9 +62,7 @@ impl VhdxWriter {
             return Ok(());
         }
         self.layer.header.log_guid = Uuid::nil();
-        // Twice, so that either copy alone says so.
-        self.write_header()?;
-        self.write_header()
+        self.write_headers()
     }
 
     /// Makes all changes durable.
@@ -123,6 +121,13 @@ impl VhdxWriter {
         Ok(())
     }
 
+    /// Writes the header over both copies, one after the other: one is valid at every moment, and in the
+    /// end either alone says the same.
+    fn write_headers(&mut self) -> Result<(), DiskError> {
+        self.write_header()?;
+        self.write_header()
+    }
+
     /// Writes the header over the copy that does not count, which from then on does.
     fn write_header(&mut self) -> Result<(), DiskError> {
         let layer = &mut self.layer;
@@ -153,7 +158,7 @@ impl VhdxWriter {
         self.file.sync()?;
         image.overlay.clear();
         self.layer.header.log_guid = Uuid::nil();
-        self.write_header()
+        self.write_headers()
     }
 }
 

@@ -10,6 +10,7 @@ use super::metadata::{self, MetadataTable};
 use super::region::{self, TABLE_OFFSETS};
 use super::{Header, MIB, Metadata, ParentLocator, RegionTable, bitmap, log};
 use crate::block_file::{BlockFile, ByteSource};
+use crate::disk::check_bounds;
 use crate::error::FormatError;
 use crate::{DiskError, DiskFormat, DiskInfo, RangeSet, detect};
 
@@ -155,13 +156,15 @@ impl VhdxLayer {
     /// neighbours in the file, too, come as one run, so sequential reads stay large.
     ///
     /// # Errors
-    /// What reading the tables met, or what `found` returned.
+    /// [`DiskError::OutOfBounds`], what reading the tables met, or what `found` returned.
     pub fn runs(
         &self,
         offset: u64,
         len: u64,
         found: &mut dyn FnMut(Run) -> Result<(), DiskError>,
     ) -> Result<(), DiskError> {
+        let asked = usize::try_from(len).unwrap_or(usize::MAX);
+        check_bounds(&self.image.path, self.info.size, offset, asked)?;
         let mut last: Option<Run> = None;
         let mut push = |run: Run| match &mut last {
             Some(previous) if continues(previous, &run) => {

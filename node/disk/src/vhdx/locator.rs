@@ -29,6 +29,13 @@ impl ParentLocator {
         }
         let count = usize::from(fields.u16(18));
         Fields::new(bytes, NAME, 20 + count * 12)?;
+        // Texts that share bytes would make a small item large in memory.
+        let lengths = (0..count)
+            .map(|i| 20 + i * 12)
+            .map(|at| usize::from(fields.u16(at + 8)) + usize::from(fields.u16(at + 10)));
+        if lengths.sum::<usize>() > bytes.len() {
+            return Err(FormatError::corrupt(NAME, "has texts that overlap"));
+        }
         let mut entries = Vec::with_capacity(count);
         for at in (0..count).map(|i| 20 + i * 12) {
             let key = text(bytes, fields.u32(at), fields.u16(at + 8))?;

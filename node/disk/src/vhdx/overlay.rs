@@ -1,5 +1,8 @@
 //! Bytes that replace parts of a file: log updates not yet in their places.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 /// 4 KiB.

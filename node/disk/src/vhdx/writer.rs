@@ -81,7 +81,8 @@ impl VhdxWriter {
     }
 
     /// Makes a range zeros. Whole blocks give up their place in the file; on a fixed disk, and for
-    /// parts of blocks, zeros are written where there may be anything else.
+    /// parts of blocks, zeros are written where there may be anything else. A place that was given up is not
+    /// used again; converting the disk makes the file smaller.
     ///
     /// # Errors
     /// As [`VhdxWriter::write_at`].
