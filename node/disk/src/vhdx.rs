@@ -45,6 +45,9 @@ pub(crate) const LOG_SECTOR: usize = 4096;
 /// Largest virtual disk.
 pub(crate) const MAX_SIZE: u64 = 64 << 40;
 
+/// No file is larger on any system; offsets up to here can be added without overflow.
+pub(crate) const MAX_FILE: u64 = i64::MAX as u64;
+
 /// Reads a whole VHDX from memory, its allocation map and its first bytes included: one entry point
 /// for fuzzing everything that looks at untrusted bytes.
 ///
@@ -52,6 +55,7 @@ pub(crate) const MAX_SIZE: u64 = 64 << 40;
 /// Whatever is wrong with the bytes; never a panic.
 pub fn inspect_bytes(bytes: Vec<u8>) -> Result<LayerMap, crate::DiskError> {
     let layer = VhdxLayer::from_source("memory.vhdx".into(), std::sync::Arc::new(bytes))?;
+    layer.check()?;
     let map = layer.map()?;
     let mut start = vec![0; layer.info().size.min(1 << 16) as usize];
     read_through(&layer, &[], 0, &mut start)?;

@@ -123,6 +123,7 @@ impl Machine {
         self.disk.close().expect("a sound disk");
         for (path, bytes) in self.frozen.iter().chain([&(self.leaf, self.bytes)]) {
             let chain = DiskChain::open(path).expect("a closed chain");
+            chain.layers().try_for_each(VhdxLayer::check).expect("every block has its own place");
             assert!(whole(&chain) == *bytes, "{} reads other bytes", path.display());
             assert_map_covers(&chain, bytes);
         }

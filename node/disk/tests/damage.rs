@@ -85,6 +85,48 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_damage_makes_a_writer_panic(
+        changes in prop::collection::vec((interesting(), any::<u8>()), 1..5),
+        at in 0..2 * MIB,
+    ) {
+        static SAMPLES: std::sync::LazyLock<Vec<Vec<u8>>> = std::sync::LazyLock::new(samples);
+        let dir = tempfile::tempdir().unwrap();
+        let [clean, dirty, child] = ["clean.vhdx", "dirty.vhdx", "child.avhdx"].map(|n| dir.path().join(n));
+        std::fs::write(&clean, &SAMPLES[0]).unwrap();
+        for (path, sample) in [(&dirty, &SAMPLES[1]), (&child, &SAMPLES[2])] {
+            let mut bytes = sample.clone();
+            for (at, value) in &changes {
+                if let Some(byte) = bytes.get_mut(*at) {
+                    *byte = *value;
+                }
+            }
+            reseal(&mut bytes);
+            std::fs::write(path, bytes).unwrap();
+            // Errors are right answers here.
+            if let Ok(mut disk) = VhdxWriter::open(path) {
+                let len = (disk.info().size - at.min(disk.info().size)).min(MIB) as usize;
+                disk.write_at(at, &vec![8; len]).and_then(|()| disk.close()).ok();
+            }
+        }
+    }
+}
+
+#[test]
+fn blocks_over_tables_or_each_other_are_corrupt() {
+    // The first block at the log, the metadata and the BAT; then two blocks at one place.
+    for place in [1_u64, 2, 3] {
+        let entry = (place << 20 | 6).to_le_bytes();
+        let error = inspect(|bytes| bytes[3 << 20..(3 << 20) + 8].copy_from_slice(&entry));
+        assert!(error.to_string().contains("over the log or a table"), "{error}");
+    }
+    let error = inspect(|bytes| bytes.copy_within(3 << 20..(3 << 20) + 8, (3 << 20) + 8));
+    assert!(error.to_string().contains("two blocks into one place"), "{error}");
+}
+
 fn inspect(change: impl FnOnce(&mut Vec<u8>)) -> DiskError {
     let mut bytes = samples().swap_remove(0);
     change(&mut bytes);

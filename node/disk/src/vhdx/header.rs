@@ -2,8 +2,8 @@
 
 use uuid::Uuid;
 
-use super::MIB;
 use super::bytes::{Fields, checksum, put};
+use super::{MAX_FILE, MIB};
 use crate::error::FormatError;
 
 /// Bytes of a header that are used and covered by its checksum.
@@ -63,7 +63,8 @@ impl Header {
             let detail = format!("asks for a log of version {log_version}, not 0");
             return Err(FormatError::unsupported(NAME, detail));
         }
-        let aligned = header.log_offset.is_multiple_of(MIB)
+        let aligned = header.log_offset <= MAX_FILE
+            && header.log_offset.is_multiple_of(MIB)
             && u64::from(header.log_length).is_multiple_of(MIB);
         if !aligned || (header.log_length > 0 && header.log_offset < MIB) {
             let detail = format!(

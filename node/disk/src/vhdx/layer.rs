@@ -8,11 +8,11 @@ use super::header::{HEADER_LEN, HEADER_OFFSETS};
 use super::image::Image;
 use super::metadata::{self, MetadataTable};
 use super::region::{self, TABLE_OFFSETS};
-use super::{Header, MIB, Metadata, ParentLocator, RegionTable, bitmap, log};
+use super::{Header, MAX_FILE, MIB, Metadata, ParentLocator, Region, RegionTable, bitmap, log};
 use crate::block_file::{BlockFile, ByteSource};
 use crate::disk::check_bounds;
 use crate::error::FormatError;
-use crate::{DiskError, DiskFormat, DiskInfo, RangeSet, detect};
+use crate::{ByteRange, DiskError, DiskFormat, DiskInfo, RangeSet, detect};
 
 /// Where the bytes of a range are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +135,35 @@ impl VhdxLayer {
         !self.header.log_guid.is_nil()
     }
 
+    /// Looks at every block's and bitmap's place: within the file, and no two in one place. Opening a
+    /// file checks only what it reads; a restore or an import checks everything.
+    ///
+    /// # Errors
+    /// [`DiskError::Corrupt`] or [`DiskError::Truncated`] for the first bad place.
+    pub fn check(&self) -> Result<(), DiskError> {
+        let mut places = Vec::new();
+        let mut chunk = None;
+        for block in 0..self.info.size.div_ceil(self.geometry.block_size) {
+            let payload = self.payload(block)?;
+            if let Payload::Full(at) | Payload::Partial(at) = payload {
+                places.push(ByteRange::new(at, self.geometry.visible(block)));
+            }
+            let is_new =
+                chunk.replace(block / self.geometry.ratio) != Some(block / self.geometry.ratio);
+            if is_new && self.metadata.parent.is_some() {
+                let bitmap = self.bitmap_block(block)?;
+                places.extend(bitmap.map(|at| ByteRange::new(at, MIB)));
+            }
+        }
+        places.sort_unstable();
+        match places.windows(2).find(|pair| pair[0].end() > pair[1].start) {
+            Some(pair) => {
+                Err(self.corrupt(&format!("puts two blocks into one place, at {}", pair[1].start)))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// What this layer stores and hides.
     ///
     /// # Errors
@@ -236,6 +265,7 @@ impl VhdxLayer {
             if needed > self.image.len {
                 return Err(self.image.truncated("payload block", needed));
             }
+            self.refuse_tables(at, self.geometry.visible(block))?;
             if matches!(payload, Payload::Partial(_)) && self.metadata.parent.is_none() {
                 return Err(
                     self.corrupt("has a partially present block but the disk has no parent")
@@ -263,8 +293,18 @@ impl VhdxLayer {
             6 if at.saturating_add(MIB) > self.image.len => {
                 Err(self.image.truncated("sector bitmap", at.saturating_add(MIB)))
             }
-            6 => Ok(Some(at)),
+            6 => self.refuse_tables(at, MIB).map(|()| Some(at)),
             state => Err(self.corrupt(&format!("has a sector bitmap with state {state}"))),
+        }
+    }
+
+    /// Refuses a block that lies over the log or a table.
+    fn refuse_tables(&self, at: u64, len: u64) -> Result<(), DiskError> {
+        let Header { log_offset: offset, log_length: length, .. } = self.header;
+        let tables = [self.regions.bat, self.regions.metadata, Region { offset, length }];
+        match tables.iter().any(|table| table.overlaps(at, len)) {
+            true => Err(self.corrupt(&format!("puts a block at {at}, over the log or a table"))),
+            false => Ok(()),
         }
     }
 
@@ -337,6 +377,10 @@ fn replay_log(image: &mut Image, header: &Header) -> Result<(), DiskError> {
     let replay = log::replay(&bytes, header.log_guid).map_err(fail)?;
     if replay.flushed_len > image.physical_len {
         return Err(image.truncated("log", replay.flushed_len));
+    }
+    if replay.last_len > MAX_FILE {
+        let detail = format!("makes the file {} bytes long, which no file can be", replay.last_len);
+        return Err(fail(FormatError::corrupt("log", detail)));
     }
     let len = replay.last_len.checked_next_multiple_of(MIB).unwrap_or(u64::MAX).max(image.len);
     if let Some((_, end, _)) = replay.updates.iter().last()

@@ -2,8 +2,8 @@
 
 use uuid::{Uuid, uuid};
 
-use super::MIB;
 use super::bytes::{Fields, checksum, put};
+use super::{MAX_FILE, MIB};
 use crate::error::FormatError;
 
 /// Bytes of a region table, all covered by its checksum.
@@ -29,6 +29,10 @@ pub struct Region {
 impl Region {
     pub(crate) fn end(&self) -> u64 {
         self.offset.saturating_add(u64::from(self.length))
+    }
+
+    pub(crate) fn overlaps(&self, start: u64, len: u64) -> bool {
+        start < self.end() && self.offset < start.saturating_add(len)
     }
 }
 
@@ -69,7 +73,8 @@ impl RegionTable {
             let region = Region { offset: fields.u64(at + 16), length: fields.u32(at + 24) };
             let aligned =
                 region.offset.is_multiple_of(MIB) && u64::from(region.length).is_multiple_of(MIB);
-            if !aligned || region.offset < MIB || region.length == 0 {
+            let possible = region.end() <= MAX_FILE;
+            if !aligned || !possible || region.offset < MIB || region.length == 0 {
                 let detail = format!(
                     "puts region {id} at {} with {} bytes; both must be multiples of 1 MiB and not zero",
                     region.offset, region.length
