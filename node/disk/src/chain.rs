@@ -1,11 +1,17 @@
 //! A VHDX with all its parents.
 
 use std::collections::HashSet;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use crate::block_file::ByteSource;
 use crate::disk::check_bounds;
 use crate::vhdx::{VhdxLayer, check_linkage, read_through, visible};
 use crate::{DiskError, DiskInfo, RangeSet, ReadDisk};
+
+/// Opens the bytes of a file of a chain.
+pub type Opener<'a> = dyn Fn(&Path) -> io::Result<Arc<dyn ByteSource>> + 'a;
 
 /// More files than Hyper-V puts into a chain.
 const MAX_DEPTH: usize = 256;
@@ -28,6 +34,20 @@ impl DiskChain {
     pub fn open(path: impl AsRef<Path>) -> Result<Self, DiskError> {
         let leaf = VhdxLayer::open(path)?;
         let parents = open_parents(&leaf)?;
+        Ok(Self { leaf, parents })
+    }
+
+    /// As [`DiskChain::open`], with the bytes of every file from `opener`.
+    ///
+    /// # Errors
+    /// As [`DiskChain::open`]; [`DiskError::Io`] for what the opener met.
+    pub fn open_with(path: impl AsRef<Path>, opener: &Opener<'_>) -> Result<Self, DiskError> {
+        let open = |path: &Path| {
+            let source = opener(path).map_err(DiskError::io(path, "open"))?;
+            VhdxLayer::from_source(path.to_owned(), source)
+        };
+        let leaf = open(path.as_ref())?;
+        let parents = open_parents_with(&leaf, &open)?;
         Ok(Self { leaf, parents })
     }
 
@@ -59,6 +79,13 @@ impl ReadDisk for DiskChain {
 
 /// The parents of a layer, nearest first; none unless it is a differencing disk.
 pub(crate) fn open_parents(leaf: &VhdxLayer) -> Result<Vec<VhdxLayer>, DiskError> {
+    open_parents_with(leaf, &|path: &Path| VhdxLayer::open(path))
+}
+
+fn open_parents_with(
+    leaf: &VhdxLayer,
+    open: &dyn Fn(&Path) -> Result<VhdxLayer, DiskError>,
+) -> Result<Vec<VhdxLayer>, DiskError> {
     let real = |path: &Path| path.canonicalize().map_err(DiskError::io(path, "find"));
     let mut parents: Vec<VhdxLayer> = Vec::new();
     let mut seen = HashSet::new();
@@ -81,7 +108,7 @@ pub(crate) fn open_parents(leaf: &VhdxLayer) -> Result<Vec<VhdxLayer>, DiskError
         if seen.len() > MAX_DEPTH {
             return Err(DiskError::ChainTooDeep { leaf: leaf.path().to_owned(), limit: MAX_DEPTH });
         }
-        let parent = VhdxLayer::open(path)?;
+        let parent = open(path)?;
         check_linkage(child, &parent)?;
         parents.push(parent);
     }
