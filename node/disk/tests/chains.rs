@@ -309,3 +309,18 @@ fn a_block_that_a_child_made_zeros_is_no_longer_allocated() {
     let allocated = DiskChain::open(&paths[2]).unwrap().allocated().unwrap();
     assert_eq!(allocated, RangeSet::single(2 * MIB, 4096));
 }
+
+#[test]
+fn a_block_that_a_checkpoint_made_zeros_hides_the_base_below_later_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, middle, leaf] = three(dir.path());
+    std::fs::remove_file(&leaf).unwrap();
+    let mut disk = VhdxWriter::open(&middle).unwrap();
+    disk.write_zeroes(0, 2 * MIB).unwrap();
+    disk.close().unwrap();
+    VhdxWriter::create_child(&leaf, &middle, None).unwrap().close().unwrap();
+    let chain = DiskChain::open(&leaf).unwrap();
+    assert!(chain.allocated().unwrap().is_empty());
+    assert!(whole(&chain).iter().all(|b| *b == 0));
+    assert_eq!(DiskChain::open(&base).unwrap().allocated().unwrap().total_len(), MIB);
+}

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use outrider_disk::vhdx::{CrashPoint, CreateOptions, VhdxLayer, VhdxWriter, inspect_bytes};
+use outrider_disk::vhdx::{
+    CrashPoint, CreateOptions, Header, VhdxLayer, VhdxWriter, inspect_bytes,
+};
 use outrider_disk::{DiskError, ReadDisk, open_disk};
 use proptest::prelude::*;
 
@@ -165,6 +167,24 @@ fn headers_that_contradict_each_other_are_corrupt_and_identical_ones_are_not() {
     reseal(&mut bytes);
     let error = inspect_bytes(bytes).expect_err("same number, other content");
     assert!(matches!(error, DiskError::Corrupt { structure: "header", .. }), "{error}");
+}
+
+#[test]
+fn the_header_with_the_higher_number_counts_wherever_it_is() {
+    let mut bytes = samples().swap_remove(0);
+    let (first, second) = (64 << 10, 128 << 10);
+    for newer in [first, second] {
+        bytes.copy_within(first..first + 4096, second);
+        bytes[newer + 8..newer + 16].copy_from_slice(&1000_u64.to_le_bytes());
+        bytes[newer + 32] ^= 1;
+        reseal(&mut bytes);
+        let [a, b] = [first, second].map(|at| bytes[at..at + 4096].to_vec());
+        let (header, slot) = Header::choose(&a, &b).expect("both are sound");
+        assert_eq!((header.sequence, slot), (1000, usize::from(newer == second)));
+        let expected = if newer == first { a } else { b };
+        assert_eq!(header.data_write_guid.to_bytes_le(), expected[32..48]);
+        bytes = samples().swap_remove(0);
+    }
 }
 
 #[test]

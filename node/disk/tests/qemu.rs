@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use outrider_disk::vhdx::{CreateOptions, VhdxWriter};
+use outrider_disk::vhdx::{CrashPoint, CreateOptions, VhdxLayer, VhdxWriter};
 use outrider_disk::{DiskChain, DiskKind, RawDisk, ReadDisk, compare, export, open_disk};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -127,6 +127,7 @@ fn we_read_exactly_what_qemu_wrote() {
             args.push(name(path));
             qemu("qemu-io", &args);
         }
+        VhdxLayer::open(&vhdx).unwrap().check().unwrap();
         let (ours, theirs) = (open_disk(&vhdx).unwrap(), RawDisk::open(&raw).unwrap());
         assert_eq!(compare::first_difference(&ours, &theirs).unwrap(), None, "case {i}");
     }
@@ -153,7 +154,6 @@ fn qemu_reads_its_own_disk_after_we_wrote_to_it() {
 
 #[test]
 fn qemu_replays_the_log_that_a_crash_of_ours_left() {
-    use outrider_disk::vhdx::{CrashPoint, VhdxLayer};
     let dir = tempfile::tempdir().unwrap();
     let (vhdx, raw) = (dir.path().join("dirty.vhdx"), dir.path().join("dirty.raw"));
     let mut disk =
