@@ -8,6 +8,7 @@
 //! This crate knows nothing of backups, jobs of ours, leases or storage.
 
 pub mod embedded;
+pub mod files;
 pub mod lab;
 mod object;
 
@@ -125,7 +126,9 @@ pub enum WmiError {
         reason: String,
     },
     /// Access denied by the provider.
-    #[error("access to {what:?} denied: run the agent as LocalSystem or as a Hyper-V administrator")]
+    #[error(
+        "access to {what:?} denied: run the agent as LocalSystem or as a Hyper-V administrator"
+    )]
     AccessDenied {
         /// What was asked for.
         what: String,

@@ -1,0 +1,65 @@
+//! Reading a host's source files (virtual disks, configuration files): the second seam beside [`crate::Wmi`].
+//!
+//! On a real host a file is a file ([`PlainFiles`]). In the lab every read asks the simulated cluster first
+//! ([`crate::lab::LabFiles`]), which counts it and can pause it, as a Cluster Shared Volume may pause I/O.
+//! Calls block: use them on threads that may block.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Opens source files for reading. Sources are never written to.
+pub trait HostFiles: Send + Sync {
+    /// Opens `path` with sharing that never gets in the hypervisor's way.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::ResourceBusy`] is a sharing violation: the hypervisor is writing to that very file.
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn HostFile>>;
+}
+
+/// One open source file. Dropping it closes it at once: the hypervisor cannot merge what is held open.
+pub trait HostFile: Send + Sync {
+    /// Reads at `offset`; like `pread` it may return less than asked, and 0 only at the end of the file.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// The file's length in bytes.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Whether the file has no bytes.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+}
+
+/// The operating system's own files.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PlainFiles;
+
+impl HostFiles for PlainFiles {
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn HostFile>> {
+        Ok(Arc::new(PlainFile(File::open(path)?)))
+    }
+}
+
+struct PlainFile(File);
+
+impl HostFile for PlainFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        positional_read(&self.0, buf, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+}
+
+#[cfg(unix)]
+pub(crate) fn positional_read(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, buf, offset)
+}
+
+#[cfg(windows)]
+pub(crate) fn positional_read(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, buf, offset)
+}

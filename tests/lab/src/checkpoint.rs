@@ -1,0 +1,225 @@
+//! Checkpoints: real AVHDX children, real frozen parents.
+
+use std::path::{Path, PathBuf};
+
+use outrider_disk::vhdx::VhdxWriter;
+use uuid::Uuid;
+
+use crate::cluster::{Cluster, now};
+use crate::disks::{VmIo, locked};
+use crate::error::LabError;
+use crate::import;
+use crate::merge;
+use crate::model::{Checkpoint, Disk, FrozenDisk, Merge, ReferencePoint, State, Vm, guid};
+use crate::truth;
+
+/// What is to be made.
+#[derive(Debug, Clone)]
+pub(crate) struct NewCheckpoint {
+    pub(crate) id: Uuid,
+    pub(crate) name: String,
+    pub(crate) recovery: bool,
+    pub(crate) consistency: u8,
+}
+
+impl State {
+    /// Why the VM cannot do this now, as the code that Hyper-V returns: 32774 busy, 32775 wrong state.
+    pub(crate) fn obstacle(&self, vm: &Vm) -> Option<(u32, &'static str)> {
+        if vm.migration.is_some() {
+            Some((32775, "the VM is being migrated"))
+        } else if vm.busy.is_some() {
+            Some((32774, "another operation is at work on the VM"))
+        } else if !vm.merges.is_empty() {
+            Some((32775, "a checkpoint of the VM is being merged"))
+        } else {
+            None
+        }
+    }
+}
+
+/// Freezes the disks and lets the guest write on to children. Blocks.
+pub(crate) fn create(cluster: &Cluster, vm_id: Uuid, new: &NewCheckpoint) -> Result<(), LabError> {
+    let (io, disks) = cluster.read(|s| {
+        let vm = s.vm(vm_id)?;
+        Ok::<_, LabError>((vm.io.clone(), vm.disks.clone()))
+    })?;
+    let frozen = {
+        let mut io = locked(&io);
+        let runs = cluster.read(|s| s.vm(vm_id).map(|vm| vm.power.holds_disks()))?;
+        let made =
+            freeze(&mut io, &disks, new, runs).inspect_err(|_| undo(&mut io, &disks, new, runs))?;
+        cluster.change(|s| {
+            let vm = s.vm_mut(vm_id)?;
+            for (disk, child) in vm.disks.iter_mut().filter(|d| d.is_virtual()).zip(made.children) {
+                disk.chain.push(child);
+            }
+            let parent = vm.checkpoints.last().map(|c| c.id);
+            vm.checkpoints.push(Checkpoint {
+                id: new.id,
+                name: new.name.clone(),
+                recovery: new.recovery,
+                consistency: new.consistency,
+                created: now(),
+                disks: made.frozen.clone(),
+                parent,
+            });
+            import::write_checkpoint_files(vm, new.id)?;
+            s.announce_vm(vm_id);
+            Ok::<_, LabError>(())
+        })?;
+        made.frozen
+    };
+    if new.recovery {
+        truth::record(cluster, vm_id, new.id, &frozen)?;
+    }
+    Ok(())
+}
+
+struct Made {
+    frozen: Vec<FrozenDisk>,
+    children: Vec<PathBuf>,
+}
+
+fn child_path(disk: &Disk, checkpoint: Uuid) -> Option<PathBuf> {
+    let base = disk.chain.first()?;
+    let stem = base.file_stem()?.to_string_lossy();
+    Some(base.with_file_name(format!("{stem}_{}.avhdx", guid(checkpoint))))
+}
+
+fn freeze(
+    io: &mut VmIo,
+    disks: &[Disk],
+    new: &NewCheckpoint,
+    runs: bool,
+) -> Result<Made, LabError> {
+    let mut made = Made { frozen: Vec::new(), children: Vec::new() };
+    for disk in disks {
+        let (Some(leaf), Some(child)) = (disk.leaf(), child_path(disk, new.id)) else { continue };
+        io.close(disk.id)?;
+        VhdxWriter::create_child(&child, leaf, None)?.close()?;
+        if runs {
+            io.open(disk.id, &child)?;
+        }
+        made.frozen.push(FrozenDisk { disk: disk.id, path: leaf.to_owned(), mark: None });
+        made.children.push(child);
+    }
+    // Only when nothing can fail any more: a mark cuts the record of changes.
+    if new.recovery {
+        for frozen in &mut made.frozen {
+            frozen.mark = Some(io.mark(frozen.disk));
+        }
+    }
+    Ok(made)
+}
+
+/// Puts everything back after a checkpoint could not be made.
+fn undo(io: &mut VmIo, disks: &[Disk], new: &NewCheckpoint, runs: bool) {
+    for disk in disks {
+        let (Some(leaf), Some(child)) = (disk.leaf(), child_path(disk, new.id)) else { continue };
+        let restored = io.close(disk.id).and_then(|_| {
+            if child.exists() {
+                std::fs::remove_file(&child).map_err(LabError::io("remove", &child))?;
+            }
+            if runs { io.open(disk.id, leaf) } else { Ok(()) }
+        });
+        if let Err(e) = restored {
+            tracing::error!(disk = %leaf.display(), error = %e, "a checkpoint that failed could not be undone");
+        }
+    }
+}
+
+/// Removes a checkpoint and starts the merge of what was written since. With `reference_point` the checkpoint becomes
+/// one under this id.
+pub(crate) fn remove(
+    cluster: &std::sync::Arc<Cluster>,
+    vm_id: Uuid,
+    checkpoint: Uuid,
+    reference_point: Option<Uuid>,
+) -> Result<(), LabError> {
+    let merge = cluster.change(|s| {
+        let merge_id = s.next();
+        let vm = s.vm_mut(vm_id)?;
+        let merge = take_out(vm, checkpoint, reference_point, merge_id)?;
+        s.announce_vm(vm_id);
+        Ok::<_, LabError>(merge)
+    })?;
+    merge::start(cluster, vm_id, merge);
+    forget_marks(cluster, vm_id)
+}
+
+/// Takes the checkpoint out of the list and notes the merge it leaves.
+pub(crate) fn take_out(
+    vm: &mut Vm,
+    checkpoint: Uuid,
+    reference_point: Option<Uuid>,
+    merge_id: u64,
+) -> Result<u64, LabError> {
+    let at = vm
+        .checkpoints
+        .iter()
+        .position(|c| c.id == checkpoint)
+        .ok_or_else(|| LabError::unknown("checkpoint", checkpoint))?;
+    let gone = vm.checkpoints.remove(at);
+    for later in &mut vm.checkpoints {
+        if later.parent == Some(checkpoint) {
+            later.parent = gone.parent;
+        }
+    }
+    if let Some(id) = reference_point {
+        let marks = gone.disks.iter().filter_map(|d| Some((d.disk, d.mark.clone()?))).collect();
+        let consistency = gone.consistency;
+        vm.reference_points.push(ReferencePoint { id, consistency, marks });
+    }
+    let frozen = gone.disks.into_iter().map(|d| (d.disk, d.path)).collect();
+    vm.merges.push(Merge { id: merge_id, frozen, waits: None });
+    import::remove_checkpoint_files(vm, checkpoint);
+    Ok(merge_id)
+}
+
+/// Drops change tracking marks that nobody refers to any more. Blocks.
+pub(crate) fn forget_marks(cluster: &Cluster, vm_id: Uuid) -> Result<(), LabError> {
+    let io = cluster.read(|s| s.vm(vm_id).map(|vm| vm.io.clone()))?;
+    let mut io = locked(&io);
+    let wanted: Vec<(Uuid, String)> = cluster.read(|s| {
+        let vm = s.vm(vm_id)?;
+        let open = vm.checkpoints.iter().flat_map(|c| &c.disks);
+        let open = open.filter_map(|d| Some((d.disk, d.mark.clone()?)));
+        let bound = vm.reference_points.iter().flat_map(|r| r.marks.iter().cloned());
+        Ok::<_, LabError>(open.chain(bound).collect())
+    })?;
+    io.keep_marks(&wanted);
+    Ok(())
+}
+
+/// Throws away what was written since the newest checkpoint, as applying it does. The VM is off. Blocks.
+pub(crate) fn apply(cluster: &Cluster, vm_id: Uuid, checkpoint: Uuid) -> Result<(), LabError> {
+    let io = cluster.read(|s| s.vm(vm_id).map(|vm| vm.io.clone()))?;
+    let mut io = locked(&io);
+    let leaves = cluster.read(|s| {
+        let vm = s.vm(vm_id)?;
+        let applied = vm
+            .checkpoints
+            .iter()
+            .find(|c| c.id == checkpoint)
+            .ok_or_else(|| LabError::unknown("checkpoint", checkpoint))?;
+        let pairs = applied.disks.iter().map(|f| {
+            let chain = vm.disk(f.disk).map(|d| d.chain.as_slice()).unwrap_or_default();
+            match chain {
+                [.., frozen, leaf] if *frozen == f.path => Ok((frozen.clone(), leaf.clone())),
+                _ => Err(LabError::refused(&vm.name, 32775, "a newer checkpoint exists")),
+            }
+        });
+        pairs.collect::<Result<Vec<(PathBuf, PathBuf)>, _>>()
+    })?;
+    for (frozen, leaf) in &leaves {
+        replace_by_empty_child(frozen, leaf)?;
+    }
+    io.forget_all();
+    cluster.change_vm(vm_id, |vm| vm.last_applied = Some(checkpoint))
+}
+
+fn replace_by_empty_child(frozen: &Path, leaf: &Path) -> Result<(), LabError> {
+    std::fs::remove_file(leaf).map_err(LabError::io("remove", leaf))?;
+    VhdxWriter::create_child(leaf, frozen, None)?.close()?;
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! `root\MSCluster`.
+
+use outrider_wmi::{Object, Value};
+use uuid::Uuid;
+
+use crate::model::{Power, State, Vm, guid};
+use crate::wql::path_of;
+
+pub(super) fn instances(state: &State, class: &str) -> Option<Vec<Object>> {
+    let groups = || state.vms.values().filter(|vm| vm.owner.is_some());
+    Some(match class.to_ascii_lowercase().as_str() {
+        "mscluster_cluster" => vec![cluster(state)],
+        "mscluster_node" => (1_u32..)
+            .zip(&state.hosts)
+            .map(|(id, (name, host))| {
+                keyed("MSCluster_Node", name)
+                    .with("Id", id.to_string())
+                    .with(
+                        "State",
+                        match (host.up, host.paused) {
+                            (false, _) => 1_u32,
+                            (true, true) => 2,
+                            (true, false) => 0,
+                        },
+                    )
+                    .with("StatusInformation", 0_u32)
+                    .with("NodeDrainStatus", if host.paused { 2_u32 } else { 0 })
+                    .with("BuildNumber", 20348_u32)
+            })
+            .collect(),
+        "mscluster_resourcegroup" => groups().map(|vm| group(state, vm)).collect(),
+        "mscluster_resource" => groups().flat_map(|vm| resources(state, vm)).collect(),
+        "mscluster_clustersharedvolume" => state
+            .csvs
+            .iter()
+            .map(|csv| {
+                let (free, total) = space(state, &csv.name, &csv.path);
+                let path = csv.path.display().to_string();
+                keyed("MSCluster_ClusterSharedVolume", &path)
+                    .with("VolumeName", csv.name.as_str())
+                    .with("FaultState", 0_u32)
+                    .with("BackupState", 0_u32)
+                    .with("VolumeOffset", 0_u64)
+                    .with("FreeSpace", free)
+                    .with("TotalSize", total)
+            })
+            .collect(),
+        "mscluster_diskpartition" => state
+            .csvs
+            .iter()
+            .map(|csv| {
+                let (free, total) = space(state, &csv.name, &csv.path);
+                let path = csv.path.display().to_string();
+                Object::new(
+                    "MSCluster_DiskPartition",
+                    path_of("MSCluster_DiskPartition", &[("Path", &path)]),
+                )
+                .with("Path", path)
+                .with("VolumeLabel", csv.name.as_str())
+                .with("FileSystem", "CSVFS")
+                .with("FreeSpace", free >> 20)
+                .with("TotalSize", total >> 20)
+            })
+            .collect(),
+        _ => return None,
+    })
+}
+
+pub(super) fn associated(state: &State, source: &Object, assoc: &str) -> Vec<Object> {
+    let is = |name: &str| assoc.is_empty() || assoc.eq_ignore_ascii_case(name);
+    let clustered = || state.vms.values().filter(|vm| vm.owner.is_some());
+    match source.class.as_str() {
+        "MSCluster_ResourceGroup" if is("MSCluster_ResourceGroupToResource") => clustered()
+            .filter(|vm| source.str("Id") == Some(&derived(vm.id, 1)))
+            .flat_map(|vm| resources(state, vm))
+            .collect(),
+        "MSCluster_Resource" if is("MSCluster_ResourceGroupToResource") => clustered()
+            .filter(|vm| resources(state, vm).iter().any(|r| r.str("Id") == source.str("Id")))
+            .map(|vm| group(state, vm))
+            .collect(),
+        "MSCluster_Node" if is("MSCluster_NodeToActiveGroup") => clustered()
+            .filter(|vm| vm.owner.as_deref() == source.str("Name"))
+            .map(|vm| group(state, vm))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// The group and resource objects of a clustered VM, for events.
+pub(crate) fn group_objects(state: &State, id: Uuid) -> Vec<Object> {
+    match state.vms.get(&id) {
+        Some(vm) if vm.owner.is_some() => {
+            let mut all = vec![group(state, vm)];
+            all.extend(resources(state, vm));
+            all
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn keyed(class: &str, name: &str) -> Object {
+    Object::new(class, path_of(class, &[("Name", name)])).with("Name", name)
+}
+
+fn cluster(state: &State) -> Object {
+    keyed("MSCluster_Cluster", &state.realm)
+        .with("ClusterFunctionalLevel", 11_u32)
+        .with("ClusterUpgradeVersion", 8_u32)
+        .with("BackupInProgress", 0_u32)
+}
+
+/// Ids of a VM's cluster objects follow from the VM's, so that they survive everything the VM survives.
+fn derived(vm: Uuid, salt: u128) -> String {
+    Uuid::from_u128(vm.as_u128() ^ salt).hyphenated().to_string()
+}
+
+/// Group names are unique in a cluster: the second VM of a name gets a number.
+fn group_name(state: &State, vm: &Vm) -> String {
+    let earlier = state
+        .vms
+        .values()
+        .filter(|v| v.owner.is_some() && v.name == vm.name && v.id < vm.id)
+        .count();
+    if earlier == 0 { vm.name.clone() } else { format!("{} ({earlier})", vm.name) }
+}
+
+fn group(state: &State, vm: &Vm) -> Object {
+    let queued = vm.migration.as_ref().is_some_and(|m| !m.planned);
+    keyed("MSCluster_ResourceGroup", &group_name(state, vm))
+        .with("Id", derived(vm.id, 1))
+        .with("GroupType", 111_u32)
+        .with("State", u32::from(vm.power == Power::Off || vm.power == Power::Saved))
+        .with("OwnerNode", vm.owner.as_deref().unwrap_or_default())
+        .with("StatusInformation", if queued { 4_u64 } else { 0 })
+        .with("Priority", 2000_u32)
+        .with("PersistentState", vm.power == Power::Running)
+}
+
+fn resources(state: &State, vm: &Vm) -> [Object; 2] {
+    let group = group_name(state, vm);
+    let locked = vm.busy.is_some() || vm.migration.is_some();
+    let state_number = match vm.power {
+        Power::Running | Power::Paused => 2_u32,
+        Power::Off | Power::Saved => 3,
+    };
+    let resource = |kind: &str, salt: u128, private: Object| {
+        keyed("MSCluster_Resource", &format!("{kind} {group}"))
+            .with("Id", derived(vm.id, salt))
+            .with("Type", kind)
+            .with("State", state_number)
+            .with("OwnerGroup", group.as_str())
+            .with("OwnerNode", vm.owner.as_deref().unwrap_or_default())
+            .with("StatusInformation", u64::from(locked))
+            .with("PrivateProperties", Value::Object(Box::new(private)))
+    };
+    let private = || Object::new("MSCluster_Property", "").with("VmID", guid(vm.id).to_lowercase());
+    [
+        resource("Virtual Machine", 2, private().with("OfflineAction", 1_u32)),
+        resource(
+            "Virtual Machine Configuration",
+            3,
+            private().with("VmStoreRootPath", vm.folder.display().to_string()),
+        ),
+    ]
+}
+
+/// Free and total bytes of a CSV.
+fn space(state: &State, name: &str, path: &std::path::Path) -> (u64, u64) {
+    let (free, total) = match rustix::fs::statvfs(path) {
+        Ok(fs) => {
+            (fs.f_bavail.saturating_mul(fs.f_frsize), fs.f_blocks.saturating_mul(fs.f_frsize))
+        }
+        Err(e) => {
+            tracing::warn!(path = %path.display(), error = %e, "no figures of this volume");
+            (0, 0)
+        }
+    };
+    (state.pretended_space(name).unwrap_or(free), total)
+}

@@ -1,0 +1,263 @@
+//! Configuration files, and VMs made from them: import, planned VM, realize.
+//!
+//! The lab's `.vmcx` is JSON; `.vmrs` and `.vmgs` hold bytes that only have to come back unchanged.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::classes;
+use crate::cluster::{Cluster, now};
+use crate::disks;
+use crate::error::LabError;
+use crate::jobs::JobError;
+use crate::model::{CREATED, DELETED, Disk, Power, State, Vm, guid};
+
+/// Longest definition file that is read.
+const MAX_DEFINITION: u64 = 1 << 20;
+
+/// What a definition file says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Definition {
+    id: Uuid,
+    name: String,
+    generation: u8,
+    version: String,
+    checkpoint: Option<Uuid>,
+    disks: Vec<DefinedDisk>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct DefinedDisk {
+    id: Uuid,
+    location: u32,
+    /// None: pass-through.
+    path: Option<PathBuf>,
+}
+
+/// Folder, below the VM's, of its own configuration.
+pub(crate) const VM_FOLDER: &str = "Virtual Machines";
+/// Folder, below the VM's, of its checkpoints' configurations.
+pub(crate) const CHECKPOINT_FOLDER: &str = "Snapshots";
+
+fn write_set(vm: &Vm, stem: &Path, checkpoint: Option<Uuid>) -> Result<(), LabError> {
+    let frozen = checkpoint.and_then(|id| vm.checkpoints.iter().find(|c| c.id == id));
+    let disks = vm.disks.iter().map(|d| DefinedDisk {
+        id: d.id,
+        location: d.location,
+        path: match frozen {
+            Some(c) => c.disks.iter().find(|f| f.disk == d.id).map(|f| f.path.clone()),
+            None => d.leaf().map(Path::to_owned),
+        },
+    });
+    let definition = Definition {
+        id: vm.id,
+        name: vm.name.clone(),
+        generation: vm.generation,
+        version: vm.version.clone(),
+        checkpoint,
+        disks: disks.collect(),
+    };
+    let text =
+        serde_json::to_vec_pretty(&definition).map_err(|e| LabError::Config(e.to_string()))?;
+    let what = format!("of {} at {}", vm.guid(), stem.display()).into_bytes();
+    let folder = stem.parent().unwrap_or(stem);
+    std::fs::create_dir_all(folder).map_err(LabError::io("make the folder", folder))?;
+    for (extension, content) in [
+        ("vmcx", text),
+        ("vmrs", [b"runtime state ", &what[..]].concat()),
+        ("vmgs", [b"guest state ", &what[..]].concat()),
+    ] {
+        let path = stem.with_extension(extension);
+        std::fs::write(&path, content).map_err(LabError::io("write", path))?;
+    }
+    Ok(())
+}
+
+/// Writes the files of the VM's own configuration.
+pub(crate) fn write_vm_files(vm: &Vm) -> Result<(), LabError> {
+    write_set(vm, &vm.folder.join(VM_FOLDER).join(vm.guid()), None)
+}
+
+fn checkpoint_stem(vm: &Vm, checkpoint: Uuid) -> PathBuf {
+    vm.folder.join(CHECKPOINT_FOLDER).join(guid(checkpoint))
+}
+
+/// Writes the files of a checkpoint's configuration.
+pub(crate) fn write_checkpoint_files(vm: &Vm, checkpoint: Uuid) -> Result<(), LabError> {
+    write_set(vm, &checkpoint_stem(vm, checkpoint), Some(checkpoint))
+}
+
+/// Removes the files of a checkpoint's configuration.
+pub(crate) fn remove_checkpoint_files(vm: &Vm, checkpoint: Uuid) {
+    remove_set(&checkpoint_stem(vm, checkpoint));
+}
+
+/// Removes the files of the VM's own configuration.
+pub(crate) fn remove_vm_files(vm: &Vm) {
+    remove_set(&vm.folder.join(VM_FOLDER).join(vm.guid()));
+}
+
+fn remove_set(stem: &Path) {
+    for extension in ["vmcx", "vmrs", "vmgs"] {
+        let path = stem.with_extension(extension);
+        if let Err(e) = std::fs::remove_file(&path)
+            && e.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), error = %e, "a configuration file stays behind");
+        }
+    }
+}
+
+/// Reads a definition file into a planned VM on `host`. Blocks.
+pub(crate) fn import(
+    cluster: &Cluster,
+    host: &str,
+    file: &Path,
+    new_id: bool,
+) -> Result<Uuid, JobError> {
+    let broken = |why: String| {
+        JobError::new(
+            32773,
+            format!("the definition file {} cannot be imported: {why}", file.display()),
+        )
+    };
+    let length = std::fs::metadata(file).map_err(|e| broken(e.to_string()))?.len();
+    if length > MAX_DEFINITION {
+        return Err(broken(format!("it is {length} bytes long")));
+    }
+    let text = std::fs::read(file).map_err(|e| broken(e.to_string()))?;
+    let definition: Definition =
+        serde_json::from_slice(&text).map_err(|e| broken(e.to_string()))?;
+    let parent = file.parent().unwrap_or(file);
+    let in_subfolder = parent.file_name().is_some_and(|n| n == VM_FOLDER || n == CHECKPOINT_FOLDER);
+    let folder = if in_subfolder { parent.parent().unwrap_or(parent) } else { parent };
+    let disks = definition.disks.iter().map(|d| Disk {
+        id: d.id,
+        location: d.location,
+        chain: d.path.iter().cloned().collect(),
+        size: 0,
+        disk_id: Uuid::nil(),
+    });
+    let disks: Vec<Disk> = disks.collect();
+    cluster.change(|s| {
+        let id = if new_id { s.new_guid() } else { definition.id };
+        if s.vms.contains_key(&id) || s.planned.contains_key(&id) {
+            return Err(JobError::new(
+                32775,
+                format!("a virtual machine with the identifier {} exists already", guid(id)),
+            ));
+        }
+        let mut vm = Vm::new(id, &definition.name, host, folder.to_owned());
+        vm.generation = definition.generation;
+        vm.version.clone_from(&definition.version);
+        vm.disks = disks;
+        let target = classes::planned_system(&vm, host);
+        s.planned.insert(id, vm);
+        s.notify(Some(host), CREATED, target, None);
+        Ok(id)
+    })
+}
+
+impl Vm {
+    /// A VM that is off, without disks.
+    pub(crate) fn new(id: Uuid, name: &str, host: &str, folder: PathBuf) -> Self {
+        Self {
+            id,
+            name: name.to_owned(),
+            generation: 2,
+            version: "10.0".into(),
+            host: host.to_owned(),
+            owner: None,
+            power: Power::Off,
+            busy: None,
+            migration: None,
+            disks: Vec::new(),
+            checkpoints: Vec::new(),
+            last_applied: None,
+            reference_points: Vec::new(),
+            merges: Vec::new(),
+            folder,
+            created: now(),
+            vss: true,
+            rate: None,
+            io: Arc::default(),
+        }
+    }
+}
+
+impl State {
+    /// Whether another VM's chain has this file.
+    fn file_in_use(&self, path: &Path) -> Option<&Vm> {
+        self.vms.values().find(|vm| vm.disks.iter().any(|d| d.chain.iter().any(|p| p == path)))
+    }
+}
+
+/// What keeps a planned VM from being realized, one sentence per device; with the disks' facts when nothing does.
+pub(crate) fn validate(cluster: &Cluster, id: Uuid) -> Result<Vec<Disk>, JobError> {
+    let planned = cluster.read(|s| s.planned.get(&id).map(|vm| vm.disks.clone()));
+    let mut planned = planned.ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
+    let mut problems = Vec::new();
+    for disk in planned.iter_mut().filter(|d| d.is_virtual()) {
+        let Some(path) = disk.leaf().map(Path::to_owned) else { continue };
+        if let Some(other) = cluster.read(|s| s.file_in_use(&path).map(|vm| vm.name.clone())) {
+            problems
+                .push(format!("disk {}: in use by the virtual machine {other:?}", path.display()));
+            continue;
+        }
+        match disks::info(&path) {
+            Ok(info) => {
+                disk.size = info.size;
+                disk.disk_id = info.disk_id;
+            }
+            Err(e) => problems.push(format!("disk {}: {e}", path.display())),
+        }
+        match outrider_disk::DiskChain::open(&path) {
+            Ok(chain) => {
+                disk.chain = chain.files();
+                disk.chain.reverse();
+            }
+            Err(e) => tracing::debug!(error = %e, "reported above"),
+        }
+    }
+    if problems.is_empty() { Ok(planned) } else { Err(JobError::new(32773, problems.join("; "))) }
+}
+
+/// Turns a planned VM into a real one. Blocks.
+pub(crate) fn realize(cluster: &Cluster, id: Uuid) -> Result<(), JobError> {
+    let disks = validate(cluster, id)?;
+    cluster.change(|s| {
+        let mut vm =
+            s.planned.remove(&id).ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
+        s.notify(Some(&vm.host), DELETED, classes::planned_system(&vm, &vm.host), None);
+        vm.disks = disks;
+        write_vm_files(&vm)?;
+        let (host, target) = (vm.host.clone(), classes::computer_system(&vm));
+        s.vms.insert(id, vm);
+        s.notify(Some(&host), CREATED, target, None);
+        Ok(())
+    })
+}
+
+/// Removes a VM that is off, or a planned one; its disk files stay. Blocks.
+pub(crate) fn destroy(cluster: &Cluster, id: Uuid) -> Result<(), LabError> {
+    cluster.change(|s| {
+        if let Some(vm) = s.planned.remove(&id) {
+            s.notify(Some(&vm.host), DELETED, classes::planned_system(&vm, &vm.host), None);
+            return Ok(());
+        }
+        let vm = s.vm(id)?;
+        if vm.power.holds_disks() {
+            return Err(LabError::refused(&vm.name, 32775, "the VM is running"));
+        }
+        let Some(vm) = s.vms.remove(&id) else { return Ok(()) };
+        if let Some(rate) = &vm.rate {
+            rate.cancel();
+        }
+        remove_vm_files(&vm);
+        s.notify(Some(&vm.host), DELETED, classes::computer_system(&vm), None);
+        Ok(())
+    })
+}
