@@ -48,7 +48,7 @@ pub async fn serve(
     readiness: watch::Receiver<Readiness>,
     group: &TaskGroup,
 ) -> Result<SocketAddr, BindError> {
-    const SETTING: &str = "[observability] listen";
+    const SETTING: &str = "observability";
     let listener = ports::bind_tcp(address, SETTING).await?;
     let bound = listener.local_addr().map_err(|source| BindError::Other {
         address,

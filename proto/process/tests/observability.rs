@@ -53,5 +53,5 @@ async fn a_taken_port_names_the_setting() {
     let metrics = Arc::new(Metrics::new("storage", "s-1"));
     let error = observability::serve(address, metrics, readiness, &group).await;
     let text = error.expect_err("taken").to_string();
-    assert!(text.contains("[observability] listen"), "{text}");
+    assert!(text.contains("set observability"), "{text}");
 }

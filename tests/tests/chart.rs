@@ -1,0 +1,281 @@
+//! The Helm chart, rendered by helm: its objects are valid, and its command lines run with its
+//! configuration files as processes of this machine.
+//!
+//! helm and kubernetes-validate come from `.ci/tools chart`. Where they cannot be had the tests say
+//! so and pass, except in `.ci/run` (OUTRIDER_CI), where they must be there.
+
+use std::net::{TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use outrider_process::identity::Role;
+use outrider_process::identity::ca::FabricCa;
+use outrider_process::secret::kek::KeyEncryptionKey;
+use serde_json::Value;
+
+const FABRIC: &str = "0191e7a0-0000-4000-8000-000000000001";
+const RELEASE: &str = "fab";
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// A process that is not ready by then is stuck, not slow.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// Where `.ci/tools chart` puts its programs; `None` when they cannot be had.
+fn tools() -> Option<PathBuf> {
+    let made = Command::new(root().join(".ci/tools")).arg("chart").stderr(Stdio::null()).status();
+    let cache = std::env::var_os("OUTRIDER_TOOLS").map(PathBuf::from).or_else(|| {
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
+        cache.or_else(home).map(|cache| cache.join("outrider-tools"))
+    });
+    let tools = cache.filter(|tools| {
+        made.is_ok_and(|status| status.success()) && tools.join("bin/helm").exists()
+    });
+    if tools.is_none() {
+        assert!(std::env::var_os("OUTRIDER_CI").is_none(), ".ci/tools chart failed");
+        eprintln!("SKIPPED: helm cannot be had here; run .ci/tools chart on a machine with npm");
+    }
+    tools
+}
+
+fn output(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {errors}");
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// The chart's objects for a file of values and further settings.
+fn render(tools: &Path, values: &Path, set: &[&str]) -> (String, Vec<Value>) {
+    let mut helm = Command::new(tools.join("bin/helm"));
+    helm.arg("template").arg(RELEASE).arg(root().join("charts/outrider"));
+    helm.args(["--namespace", "backup", "-f"]).arg(values);
+    for setting in set {
+        helm.args(["--set", setting]);
+    }
+    let yaml = output(&mut helm);
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("rendered.yaml");
+    std::fs::write(&file, &yaml).expect("written");
+    let program = "import json, sys, yaml; \
+                   print(json.dumps([d for d in yaml.safe_load_all(open(sys.argv[1])) if d]))";
+    let json = output(Command::new(tools.join("venv/bin/python")).args(["-c", program]).arg(&file));
+    (yaml, serde_json::from_str(&json).expect("JSON"))
+}
+
+fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
+    objects
+        .iter()
+        .find(|object| object["kind"] == kind && object["metadata"]["name"] == name)
+        .unwrap_or_else(|| panic!("no {kind} {name}"))
+}
+
+#[test]
+fn every_object_is_valid_kubernetes_for_every_way_to_expose() {
+    let Some(tools) = tools() else { return };
+    let folder = root().join("charts/outrider/ci");
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut checked = 0;
+    for entry in std::fs::read_dir(folder).expect("readable") {
+        let values = entry.expect("readable").path();
+        let (yaml, _) = render(&tools, &values, &[]);
+        // Objects of the Prometheus operator have no schema among those of Kubernetes.
+        let core: Vec<&str> =
+            yaml.split("\n---").filter(|part| !part.contains("monitoring.coreos.com")).collect();
+        let file = dir.path().join("core.yaml");
+        std::fs::write(&file, core.join("\n---")).expect("written");
+        output(
+            Command::new(tools.join("venv/bin/kubernetes-validate"))
+                .args(["--strict", "--quiet"])
+                .arg(&file),
+        );
+        checked += 1;
+    }
+    assert!(checked >= 5, "a file of values for each way to expose");
+}
+
+#[test]
+fn each_storage_pod_has_an_address_of_its_own_outside_the_cluster() {
+    let Some(tools) = tools() else { return };
+    let (_, objects) = render(&tools, &root().join("charts/outrider/ci/nodeport-values.yaml"), &[]);
+    let config = object(&objects, "ConfigMap", "fab-outrider-storage");
+    for ordinal in 0..5 {
+        let pod = format!("fab-outrider-storage-{ordinal}");
+        let service = object(&objects, "Service", &pod);
+        let selector = &service["spec"]["selector"]["statefulset.kubernetes.io/pod-name"];
+        assert_eq!(selector, &Value::from(pod.as_str()));
+        let port = &service["spec"]["ports"][0];
+        assert_eq!(port["protocol"], "UDP");
+        assert_eq!(port["nodePort"], 30811 + ordinal);
+        let text = config["data"][format!("{pod}.toml")].as_str().expect("a file a pod");
+        let advertised = format!("advertise = [\"k8s.example.com:{}\"]", 30811 + ordinal);
+        assert!(text.contains(&advertised), "{text}");
+    }
+}
+
+/// The program under test, built with the profile of this test.
+fn binary() -> PathBuf {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build.args(["build", "--quiet", "-p", "outrider", "--bin", "outrider"]).current_dir(root());
+    if !cfg!(debug_assertions) {
+        build.arg("--release");
+    }
+    output(&mut build);
+    let test = std::env::current_exe().expect("a test has a path");
+    let profile = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");
+    profile.join(format!("outrider{}", std::env::consts::EXE_SUFFIX))
+}
+
+/// Kills and joins what it started, also when the test fails.
+struct Process(Child, &'static str);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn free_tcp() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("bound").port()
+}
+
+fn free_udp() -> u16 {
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
+    socket.local_addr().expect("bound").port()
+}
+
+/// What a pod would run: its arguments and its file, moved to this machine's paths and ports.
+struct Pod {
+    role: &'static str,
+    args: Vec<String>,
+    observability: u16,
+}
+
+fn pod(
+    objects: &[Value],
+    role: &'static str,
+    dir: &Path,
+    ports: &[(String, String)],
+    observability: u16,
+) -> Pod {
+    let set = format!("{RELEASE}-outrider-{role}");
+    let name = format!("{set}-0");
+    let template = &object(objects, "StatefulSet", &set)["spec"]["template"]["spec"];
+    let container = &template["containers"][0];
+    let mounts: Vec<&str> = container["volumeMounts"]
+        .as_array()
+        .expect("mounts")
+        .iter()
+        .filter_map(|mount| mount["mountPath"].as_str())
+        .collect();
+    let here = dir.join(&name);
+    let mut text = object(objects, "ConfigMap", &set)["data"][format!("{name}.toml")]
+        .as_str()
+        .expect("a file for the pod")
+        .to_owned();
+    for (from, to) in ports {
+        text = text.replace(from, to);
+    }
+    text = text.replace("0.0.0.0:9809", &format!("127.0.0.1:{observability}"));
+    for mount in &mounts {
+        let path = here.join(mount.trim_start_matches('/'));
+        std::fs::create_dir_all(&path).expect("made");
+        text = text.replace(mount, &path.display().to_string());
+    }
+    let arg = |arg: &Value| {
+        let arg = arg.as_str().expect("text").replace("$(OUTRIDER_NAME)", &name);
+        let moved = mounts.iter().find(|mount| arg.starts_with(**mount));
+        moved.map_or_else(|| arg.clone(), |_| format!("{}{arg}", here.display()))
+    };
+    let args: Vec<String> = container["args"].as_array().expect("args").iter().map(arg).collect();
+    std::fs::write(&args[2], text).expect("written");
+    Pod { role, args, observability }
+}
+
+impl Pod {
+    fn start(&self, binary: &Path, log: &Path) -> Process {
+        let log = std::fs::File::create(log).expect("a log");
+        let child = Command::new(binary)
+            .args(&self.args)
+            .stdout(log.try_clone().expect("a handle"))
+            .stderr(log)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("started");
+        Process(child, self.role)
+    }
+
+    /// The body of `/readyz` if it answers 200, else why not.
+    fn ready(&self) -> Result<String, String> {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.observability))
+            .map_err(|error| error.to_string())?;
+        stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(|e| e.to_string())?;
+        let request = "GET /readyz HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n";
+        stream.write_all(request.as_bytes()).map_err(|error| error.to_string())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map_err(|error| error.to_string())?;
+        if answer.starts_with("HTTP/1.1 200") { Ok(answer) } else { Err(answer) }
+    }
+}
+
+#[test]
+fn the_rendered_command_lines_become_ready_with_the_rendered_files() {
+    let Some(tools) = tools() else { return };
+    let binary = binary();
+    let help = output(Command::new(&binary).args(["coordinator", "--help"]));
+    if !help.contains("--config") {
+        eprintln!("SKIPPED: this build of outrider has no coordinator command yet");
+        return;
+    }
+    let values = root().join("charts/outrider/ci/single-values.yaml");
+    let set = ["storage.capacity=64 MiB", "storage.segmentSize=16 MiB"];
+    let (_, objects) = render(&tools, &values, &set);
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let (grpc, quic) = (free_tcp(), free_udp());
+    let inside = |role: &str, port: &str| {
+        let set = format!("{RELEASE}-outrider-{role}");
+        format!("{set}-0.{set}.backup.svc.cluster.local:{port}")
+    };
+    let ports = [
+        ("0.0.0.0:9800".to_owned(), format!("127.0.0.1:{grpc}")),
+        ("0.0.0.0:9811".to_owned(), format!("127.0.0.1:{quic}")),
+        (inside("coordinator", "9800"), format!("127.0.0.1:{grpc}")),
+        (inside("storage", "9811"), format!("127.0.0.1:{quic}")),
+    ];
+    let pods = [
+        pod(&objects, "coordinator", dir.path(), &ports, free_tcp()),
+        pod(&objects, "storage", dir.path(), &ports, free_tcp()),
+    ];
+    let ca = FabricCa::create(FABRIC).expect("a fabric");
+    for role in [Role::Coordinator, Role::Storage] {
+        let name = format!("{RELEASE}-outrider-{role}-0");
+        let identity = dir.path().join(&name).join("etc/outrider/identity");
+        ca.issue(role, &name, DAY).expect("issued").save(&identity).expect("saved");
+    }
+    let kek = dir.path().join(format!("{RELEASE}-outrider-coordinator-0/etc/outrider/kek/kek"));
+    std::fs::write(kek, KeyEncryptionKey::generate().to_text().expose()).expect("written");
+
+    let log = |pod: &Pod| dir.path().join(format!("{}.log", pod.role));
+    let mut processes: Vec<Process> =
+        pods.iter().map(|pod| pod.start(&binary, &log(pod))).collect();
+    let give_up = Instant::now() + DEADLINE;
+    for (pod, process) in pods.iter().zip(&mut processes) {
+        while let Err(reason) = pod.ready() {
+            let ended = process.0.try_wait().expect("a child");
+            if ended.is_some() || Instant::now() > give_up {
+                let log = std::fs::read_to_string(log(pod)).unwrap_or_default();
+                panic!("{} ({ended:?}) is not ready: {reason}\n{log}", process.1);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
