@@ -286,7 +286,7 @@ mod tests {
     fn an_instance_reads_back_as_it_was_written() {
         let object = Object::new("Msvm_StorageAllocationSettingData", "")
             .with("InstanceID", r"Microsoft:A\B\0\1\D")
-            .with("HostResource", vec![r"C:\ClusterStorage\V1\größe <&'\" + "\".vhdx"])
+            .with("HostResource", vec!["C:\\ClusterStorage\\V1\\größe <&'\".vhdx"])
             .with("ConsistencyLevel", 1_u16)
             .with("Big", u64::MAX)
             .with("IgnoreNonSnapshottableDisks", true);

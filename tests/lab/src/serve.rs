@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use outrider_wmi::lab::wire::{self, Answer, Ask, Refusal, Reply, Request, Role};
 use outrider_wmi::{Object, Value};
@@ -26,6 +27,8 @@ use crate::wql::Query;
 const IN_FLIGHT: usize = 256;
 /// Replies waiting for the socket.
 const OUTGOING: usize = 256;
+/// How long a connection that ends may take to write its last answers.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Runs the lab until `cancel` (or a control client's shutdown). The bound address is sent through `ready` and written
 /// to the configured file as soon as connections are accepted.
@@ -65,7 +68,8 @@ pub async fn run(
             },
         }
     }
-    connections.shutdown().await;
+    // Each of them hears of the end by itself, and writes what is already answered.
+    while connections.join_next().await.is_some() {}
     cluster.tasks.close();
     cluster.tasks.wait().await;
     steer::close_all(&cluster).await
@@ -85,14 +89,19 @@ async fn connection(cluster: Arc<Cluster>, stream: TcpStream) {
     let (mut read, write) = stream.into_split();
     let (outgoing, frames) = mpsc::channel(OUTGOING);
     let writer = tokio::spawn(write_frames(write, frames));
-    if let Some(role) = hello(&cluster, &mut read, &outgoing).await {
+    let role = tokio::select! {
+        role = hello(&cluster, &mut read, &outgoing) => role,
+        () = cluster.cancel.cancelled() => None,
+    };
+    if let Some(role) = role {
         session(&cluster, read, outgoing, role).await;
     } else {
         drop(outgoing);
     }
-    // Ends when the last sender is gone: what was answered is written.
-    if let Err(e) = writer.await {
-        tracing::debug!(error = %e, "a connection's writer ended badly");
+    // Ends when the last sender is gone and everything is written; a client that does not read is not waited for.
+    let mut writer = writer;
+    if tokio::time::timeout(LAST_WORDS, &mut writer).await.is_err() {
+        writer.abort();
     }
 }
 
@@ -234,7 +243,12 @@ impl Session {
                 return;
             }
             Ask::Control(command) if self.role == Role::Control => {
-                Ok(Answer::Value(steer::answer(&self.cluster, command).await))
+                let answered = steer::answer(&self.cluster, command).await;
+                reply(&self.outgoing, id, Answer::Value(answered.value)).await;
+                if answered.end {
+                    self.cluster.cancel.cancel();
+                }
+                return;
             }
             ask => match &self.role {
                 Role::Host(host) => self.ask(host, ask).await,

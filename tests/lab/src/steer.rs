@@ -35,11 +35,22 @@ pub(crate) struct CommandError {
     pub(crate) message: String,
 }
 
+/// The answer to a control client, and whether the lab is to end once it is sent.
+pub(crate) struct Answered {
+    pub(crate) value: Json,
+    pub(crate) end: bool,
+}
+
 /// Does what a control client asks. The work goes on when the client disappears; only waits end with it.
-pub(crate) async fn answer(cluster: &Arc<Cluster>, command: Json) -> Json {
+pub(crate) async fn answer(cluster: &Arc<Cluster>, command: Json) -> Answered {
+    let mut end = false;
     let result = match serde_json::from_value::<Command>(command) {
         Ok(Command::Wait { condition, deadline_ms }) => {
             wait(cluster, &condition, deadline_ms).await.map(|()| Json::Null)
+        }
+        Ok(Command::Shutdown) => {
+            end = true;
+            Ok(Json::Null)
         }
         Ok(command) => {
             let inner = cluster.clone();
@@ -58,7 +69,7 @@ pub(crate) async fn answer(cluster: &Arc<Cluster>, command: Json) -> Json {
         message: e.to_string(),
     });
     // Results are made of plain maps and lists.
-    serde_json::to_value(result).unwrap_or(Json::Null)
+    Answered { value: serde_json::to_value(result).unwrap_or(Json::Null), end }
 }
 
 fn json(value: impl Serialize) -> Result<Json, LabError> {
@@ -188,10 +199,7 @@ async fn obey(cluster: &Arc<Cluster>, command: Command) -> Result<Json, LabError
         Command::Wait { condition, deadline_ms } => {
             json(wait(cluster, &condition, deadline_ms).await?)
         }
-        Command::Shutdown => {
-            cluster.cancel.cancel();
-            json(())
-        }
+        Command::Shutdown => json(()),
     }
 }
 
