@@ -1,0 +1,208 @@
+//! [`ChunkTransport`] over QUIC: mutual TLS, one connection a session, one bidirectional stream a request.
+
+mod session;
+mod socket;
+pub mod tuning;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use outrider_process::identity::{Identity, Role, peer_of_connection};
+use outrider_proto::frame::{ALPN, Frame, PROTOCOL_VERSION, close};
+use outrider_proto::ids::FabricId;
+use outrider_proto::layout::StorageNode;
+use quinn::{Connection, Endpoint};
+
+use crate::error::TransportError;
+use crate::frame_io::{FrameReader, write_frame};
+use crate::limits::Limits;
+use crate::transport::{ChunkSession, ChunkTransport, ClientRole, Opened, Opening};
+
+use self::session::QuicSession;
+
+pub use self::socket::endpoint;
+
+/// Connects to storage nodes over QUIC. One UDP socket for all of them.
+#[derive(Debug)]
+pub struct QuicTransport {
+    endpoint: Endpoint,
+    fabric: FabricId,
+    role: ClientRole,
+    limits: Limits,
+}
+
+impl QuicTransport {
+    /// A transport that shows `identity`.
+    ///
+    /// # Errors
+    /// [`TransportError::Unreachable`] when the system gives no UDP socket or the identity cannot be used for TLS.
+    pub fn new(
+        identity: &Identity,
+        fabric: FabricId,
+        role: ClientRole,
+        limits: &Limits,
+    ) -> Result<Self, TransportError> {
+        let unusable = |why: String| TransportError::Unreachable {
+            node: "any".to_owned(),
+            address: "the local UDP socket".to_owned(),
+            why,
+        };
+        let config = identity
+            .quinn_client(&[ALPN], Arc::new(tuning::client(limits)))
+            .map_err(|e| unusable(e.to_string()))?;
+        let mut endpoint = endpoint(None, None).map_err(|e| unusable(e.to_string()))?;
+        endpoint.set_default_client_config(config);
+        Ok(Self { endpoint, fabric, role, limits: limits.clone() })
+    }
+
+    async fn connect(
+        &self,
+        node: &StorageNode,
+        address: &str,
+    ) -> Result<Connection, TransportError> {
+        let unreachable = |why: String| TransportError::Unreachable {
+            node: node.name.clone(),
+            address: address.to_owned(),
+            why,
+        };
+        let resolved: Vec<SocketAddr> = tokio::net::lookup_host(address)
+            .await
+            .map_err(|e| unreachable(format!("the address does not resolve: {e}")))?
+            .collect();
+        let mut last = unreachable("the name has no address".to_owned());
+        for remote in resolved {
+            let connecting = match self.endpoint.connect(remote, &Role::Storage.server_name()) {
+                Ok(connecting) => connecting,
+                Err(error) => {
+                    last = unreachable(error.to_string());
+                    continue;
+                }
+            };
+            match tokio::time::timeout(self.limits.connect, connecting).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) => last = unreachable(error.to_string()),
+                Err(_) => {
+                    last = unreachable(format!("no answer within {:?}", self.limits.connect));
+                }
+            }
+        }
+        Err(last)
+    }
+
+    async fn greet(
+        &self,
+        connection: &Connection,
+        node: &StorageNode,
+        address: &str,
+        opening: Opening,
+    ) -> Result<Opened, TransportError> {
+        let peer = peer_of_connection(connection);
+        let named = peer.as_ref().is_ok_and(|p| {
+            p.name == node.name && p.role == Role::Storage && p.fabric == self.fabric.to_string()
+        });
+        if !named {
+            return Err(TransportError::WrongPeer {
+                node: node.name.clone(),
+                address: address.to_owned(),
+                found: peer.map_or_else(|e| e.to_string(), |p| format!("{p} of {}", p.fabric)),
+            });
+        }
+        let failed =
+            |e: crate::frame_io::FrameIoError| session::failure(&node.name, connection, &e);
+        let (mut send, recv) = connection
+            .open_bi()
+            .await
+            .map_err(|e| TransportError::Lost { node: node.name.clone(), why: e.to_string() })?;
+        let mut recv = FrameReader::new(recv);
+        let hello = Frame::Hello {
+            version: PROTOCOL_VERSION,
+            oldest: PROTOCOL_VERSION,
+            role: self.role as u8,
+        };
+        write_frame(&mut send, &hello).await.map_err(failed)?;
+        match recv.expect("Hello").await.map_err(failed)? {
+            Frame::Hello { version, oldest, .. }
+                if (oldest..=version).contains(&PROTOCOL_VERSION) => {}
+            Frame::Hello { version, oldest, .. } => {
+                return Err(TransportError::Protocol {
+                    node: node.name.clone(),
+                    what: format!(
+                        "it speaks versions {oldest} to {version}, this process {PROTOCOL_VERSION}"
+                    ),
+                });
+            }
+            other => return Err(session::unexpected(&node.name, "Hello", other)),
+        }
+        let open = Frame::Open {
+            session: opening.session,
+            layout_epoch: opening.layout_epoch,
+            ticket: opening.ticket,
+        };
+        write_frame(&mut send, &open).await.map_err(failed)?;
+        crate::frame_io::finish(&mut send);
+        match recv.expect("Opened").await.map_err(failed)? {
+            Frame::Opened { fabric, node: name, incarnation, layout_epoch } => {
+                if fabric != self.fabric || name != node.name {
+                    return Err(TransportError::WrongPeer {
+                        node: node.name.clone(),
+                        address: address.to_owned(),
+                        found: format!("{name} of fabric {fabric}"),
+                    });
+                }
+                Ok(Opened { fabric, node: name, incarnation, layout_epoch })
+            }
+            other => Err(session::unexpected(&node.name, "Opened", other)),
+        }
+    }
+}
+
+#[async_trait]
+impl ChunkTransport for QuicTransport {
+    async fn open(
+        &self,
+        node: &StorageNode,
+        opening: Opening,
+    ) -> Result<Arc<dyn ChunkSession>, TransportError> {
+        let mut last = TransportError::Unreachable {
+            node: node.name.clone(),
+            address: "no address".to_owned(),
+            why: "the node has advertised none".to_owned(),
+        };
+        for address in &node.addresses {
+            let connection = match self.connect(node, address).await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    last = error;
+                    continue;
+                }
+            };
+            let greeting = self.greet(&connection, node, address, opening.clone());
+            match tokio::time::timeout(self.limits.connect, greeting).await {
+                Ok(Ok(opened)) => {
+                    let session = QuicSession::new(connection, opened, self.limits.clone());
+                    return Ok(Arc::new(session));
+                }
+                Ok(Err(error)) => {
+                    connection.close(close::DONE.into(), b"");
+                    last = error;
+                }
+                Err(_) => {
+                    connection.close(close::DONE.into(), b"");
+                    last = TransportError::Unreachable {
+                        node: node.name.clone(),
+                        address: address.clone(),
+                        why: "it accepted the connection, but does not answer".to_owned(),
+                    };
+                }
+            }
+        }
+        Err(last)
+    }
+}
+
+impl Drop for QuicTransport {
+    fn drop(&mut self) {
+        self.endpoint.close(close::DONE.into(), b"");
+    }
+}
