@@ -92,7 +92,7 @@ kek_file = "/etc/outrider/kek/kek"
 advertise = "{{ include "outrider.advertised" . }}"
 members = [
 {{- range $i := until (int $root.Values.coordinator.replicas) }}
-  { id = {{ add $i 1 }}, address = "{{ include "outrider.inside" (list $root "coordinator" $i) }}" },
+  { id = {{ add $i 1 }}, address = "{{ include "outrider.advertised" (list $root "coordinator" $i) }}" },
 {{- end }}
 ]
 {{- include "outrider.config.sections" . }}
