@@ -279,3 +279,62 @@ fn the_rendered_command_lines_become_ready_with_the_rendered_files() {
         }
     }
 }
+
+/// Every query of the dashboard, with Grafana's variables filled in.
+fn dashboard_queries() -> Vec<String> {
+    let path = root().join("charts/outrider/dashboards/outrider.json");
+    let text = std::fs::read_to_string(path).expect("the dashboard");
+    let dashboard: Value = serde_json::from_str(&text).expect("JSON");
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let targets = panels.iter().filter_map(|panel| panel["targets"].as_array()).flatten();
+    targets
+        .map(|target| {
+            let query = target["expr"].as_str().expect("a query");
+            query.replace("$__rate_interval", "1m").replace("$role", ".*").replace("$name", ".*")
+        })
+        .collect()
+}
+
+/// A metric that nobody exposes makes an empty panel, which looks like a quiet fabric.
+#[test]
+fn the_dashboard_asks_only_for_metrics_that_a_process_exposes() {
+    let sources = [
+        ("coordinator", "coordinator/src/metrics.rs"),
+        ("node", "node/src/metrics.rs"),
+        ("storage", "storage/src/metrics.rs"),
+    ];
+    let mut asked = 0;
+    for query in dashboard_queries() {
+        let words = query.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for metric in words.filter(|word| word.starts_with("outrider_")) {
+            asked += 1;
+            if metric == "outrider_build_info" {
+                continue;
+            }
+            let (part, rest) = metric["outrider_".len()..].split_once('_').expect("a part");
+            let name = rest.strip_suffix("_total").unwrap_or(rest);
+            let name = name.strip_suffix("_bucket").unwrap_or(name);
+            let source = sources.iter().find(|(owner, _)| *owner == part);
+            let (_, file) = source.unwrap_or_else(|| panic!("{metric}: no part {part}"));
+            let text = std::fs::read_to_string(root().join(file)).expect("the part's metrics");
+            assert!(text.contains(&format!("\"{name}\"")), "{metric} is not registered in {file}");
+        }
+    }
+    assert!(asked > 10, "the dashboard lost its queries");
+}
+
+#[test]
+fn prometheus_understands_every_query_of_the_dashboard() {
+    if Command::new("promtool").arg("--version").output().is_err() {
+        assert!(std::env::var_os("OUTRIDER_CI").is_none(), "promtool is not installed");
+        eprintln!("SKIPPED: promtool is not installed");
+        return;
+    }
+    let rule = |(index, expr): (usize, String)| serde_json::json!({"record": format!("panel:query:{index}"), "expr": expr});
+    let rules: Vec<Value> = dashboard_queries().into_iter().enumerate().map(rule).collect();
+    let groups = serde_json::json!({"groups": [{"name": "dashboard", "rules": rules}]});
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("rules.yaml");
+    std::fs::write(&file, groups.to_string()).expect("written");
+    output(Command::new("promtool").args(["check", "rules"]).arg(&file));
+}
