@@ -67,7 +67,10 @@ pub fn from_text(text: &str) -> Result<Object, EmbeddedError> {
     }
     let mut object = Object::new(root.attribute("CLASSNAME").unwrap_or_default(), "");
     let mut property: Option<(String, String, Option<Vec<Value>>, Value)> = None;
-    while !root.empty {
+    if root.empty {
+        return Ok(object);
+    }
+    loop {
         let Some(tag) = reader.next_tag()? else {
             return Err(reader.error("INSTANCE is not closed"));
         };

@@ -78,10 +78,10 @@ pub(crate) async fn exec(
     let vm = cluster.read(|s| args::vm_of(s, &call));
     if let Some(hold) = cluster.change(|s| s.catch(&call.method, vm, &call.host, When::Before)) {
         cluster.change(|s| s.hold_now(hold));
+        let _ends_with_caller = EndHold { cluster, hold };
         tokio::select! {
             () = released(cluster, hold) => {}
             () = caller_gone.cancelled() => {
-                cluster.change(|s| s.holds.retain(|h| h.id != hold));
                 return Err(invalid(&call.method, "the caller disappeared before the call happened"));
             }
         }
@@ -89,6 +89,18 @@ pub(crate) async fn exec(
     let inner = cluster.clone();
     let work = cluster.tasks.spawn(async move { perform(&inner, call, vm).await });
     work.await.unwrap_or_else(|_| Err(invalid("the call", "the lab is ending")))
+}
+
+/// Ends a hold when the call that is held ends in any way, its being dropped included.
+struct EndHold<'a> {
+    cluster: &'a Cluster,
+    hold: u64,
+}
+
+impl Drop for EndHold<'_> {
+    fn drop(&mut self) {
+        self.cluster.change(|s| s.holds.retain(|h| h.id != self.hold));
+    }
 }
 
 async fn released(cluster: &Cluster, hold: u64) {
