@@ -145,15 +145,33 @@ fn check_mode(path: &Path) -> Result<(), IdentityError> {
     let metadata = std::fs::metadata(path)
         .map_err(|source| IdentityError::Read { path: path.to_owned(), source })?;
     let mode = metadata.mode() & 0o777;
-    let allowed = if metadata.uid() == 0 { 0o740 } else { 0o700 };
-    if mode & !allowed == 0 {
+    if is_private(mode, metadata.uid()) {
         Ok(())
     } else {
         Err(IdentityError::TooOpen { path: path.to_owned(), mode })
     }
 }
 
+#[cfg(unix)]
+fn is_private(mode: u32, owner: u32) -> bool {
+    let allowed = if owner == 0 { 0o740 } else { 0o700 };
+    mode & !allowed == 0
+}
+
 #[cfg(not(unix))]
 fn check_mode(_path: &Path) -> Result<(), IdentityError> {
     Ok(())
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::is_private;
+
+    #[test]
+    fn a_group_may_read_a_key_only_where_root_handed_it_over() {
+        assert!(is_private(0o600, 1000) && is_private(0o400, 0));
+        assert!(is_private(0o440, 0), "a Kubernetes Secret with fsGroup");
+        assert!(!is_private(0o440, 1000) && !is_private(0o640, 1000));
+        assert!(!is_private(0o444, 0) && !is_private(0o660, 0));
+    }
 }

@@ -160,10 +160,16 @@ pub fn build(config: &TelemetryConfig) -> Result<(Dispatch, TelemetryGuard), Tel
     let traces = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("outrider"))
-            .with_filter(filter::filter_fn(|metadata| metadata.target().starts_with("outrider")))
+            .with_filter(filter::filter_fn(is_traced))
     });
     let subscriber = Registry::default().with(log_layer(&config.log)?).with(traces);
     Ok((Dispatch::new(subscriber), TelemetryGuard { provider }))
+}
+
+/// Our own spans of INFO and above. The spans of long-lived tasks are DEBUG: as parents they would
+/// make one endless trace of everything a process ever did.
+fn is_traced(metadata: &tracing::Metadata<'_>) -> bool {
+    *metadata.level() <= tracing::Level::INFO && metadata.target().starts_with("outrider")
 }
 
 fn exporter(config: &TelemetryConfig, endpoint: &str) -> Result<SdkTracerProvider, TelemetryError> {

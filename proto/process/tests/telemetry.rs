@@ -117,7 +117,11 @@ async fn one_trace_follows_a_call_into_another_process() {
         .instrument(span)
         .await;
     };
-    call.with_subscriber(coordinator).await;
+    let task = async {
+        let task = tracing::debug_span!(target: "outrider_test", "a task that never ends");
+        call.instrument(task).await;
+    };
+    task.with_subscriber(coordinator).await;
     coordinator_guard.shutdown().await;
     storage_guard.shutdown().await;
 
@@ -138,6 +142,6 @@ async fn one_trace_follows_a_call_into_another_process() {
     assert!(synced_by.contains("outrider-storage"), "{synced_by}");
     assert_eq!(fsync.trace_id, decide.trace_id);
     assert_eq!(fsync.parent_span_id, decide.span_id);
-    assert!(decide.parent_span_id.is_empty());
+    assert!(decide.parent_span_id.is_empty(), "the task it ran in is not part of the trace");
     assert!(group.shutdown(DEADLINE).await.is_clean());
 }
