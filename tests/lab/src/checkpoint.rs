@@ -95,7 +95,10 @@ fn freeze(
     let mut made = Made { frozen: Vec::new(), children: Vec::new() };
     for disk in disks {
         let (Some(leaf), Some(child)) = (disk.leaf(), child_path(disk, new.id)) else { continue };
-        io.close(disk.id)?;
+        if !io.close(disk.id)? {
+            io.inspect(disk.id, leaf)?;
+        }
+        io.changed(disk.id);
         VhdxWriter::create_child(&child, leaf, None)?.close()?;
         if runs {
             io.open(disk.id, &child)?;

@@ -29,12 +29,19 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    pub(crate) fn new(config: LabConfig, cancel: CancellationToken) -> Result<Arc<Self>, LabError> {
+    pub(crate) fn new(
+        mut config: LabConfig,
+        cancel: CancellationToken,
+    ) -> Result<Arc<Self>, LabError> {
         if config.hosts.is_empty() || config.csvs.is_empty() {
             return Err(LabError::Config("at least one host and one CSV are needed".into()));
         }
         for folder in config.csvs.iter().map(|c| &c.path).chain([&config.truth.dir]) {
             std::fs::create_dir_all(folder).map_err(LabError::io("make the folder", folder))?;
+        }
+        // A file has one name only: agents come back with the names that parents were found under.
+        for csv in &mut config.csvs {
+            csv.path = csv.path.canonicalize().map_err(LabError::io("find", &csv.path))?;
         }
         let hosts = config.hosts.iter().map(|name| {
             let host =

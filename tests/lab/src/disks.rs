@@ -21,6 +21,8 @@ const DEFAULT_BLOCK: u32 = 2 << 20;
 pub(crate) struct VmIo {
     writers: BTreeMap<Uuid, VhdxWriter>,
     trackers: BTreeMap<Uuid, Tracker>,
+    /// DataWriteGuid of each leaf that nobody has open, as it was left.
+    left: BTreeMap<Uuid, Uuid>,
 }
 
 /// Locks a VM's bytes; only on threads that may block.
@@ -33,7 +35,7 @@ impl VmIo {
     pub(crate) fn open_all(&mut self, disks: &[Disk]) -> Result<(), LabError> {
         for disk in disks {
             if let Some(leaf) = disk.leaf() {
-                self.writers.insert(disk.id, VhdxWriter::open(leaf)?);
+                self.open(disk.id, leaf)?;
             }
         }
         Ok(())
@@ -41,23 +43,45 @@ impl VmIo {
 
     /// Closes every leaf.
     pub(crate) fn close_all(&mut self) -> Result<(), LabError> {
-        for (_, writer) in std::mem::take(&mut self.writers) {
-            writer.close()?;
+        let open: Vec<Uuid> = self.writers.keys().copied().collect();
+        open.into_iter().try_for_each(|disk| self.close(disk).map(drop))
+    }
+
+    /// Looks at the leaf of a disk that is not open. Tracking ends when somebody else has written to it (a restore in
+    /// place): a real file would have lost its tracking ids with its content.
+    pub(crate) fn inspect(&mut self, disk: Uuid, leaf: &Path) -> Result<DiskInfo, LabError> {
+        let info = info(leaf)?;
+        if !self.writers.contains_key(&disk) {
+            let before = self.left.insert(disk, info.data_write_guid);
+            if before.is_some_and(|guid| guid != info.data_write_guid) {
+                self.forget(disk);
+            }
         }
-        Ok(())
+        Ok(info)
     }
 
     /// The worker process died: files stay as they are on the medium, logs unreplayed.
     pub(crate) fn crash(&mut self) {
         self.writers.clear();
+        self.left.clear();
     }
 
     /// Closes one leaf; whether it was open.
     pub(crate) fn close(&mut self, disk: Uuid) -> Result<bool, LabError> {
         match self.writers.remove(&disk) {
-            Some(writer) => writer.close().map(|()| true).map_err(LabError::from),
+            Some(writer) => {
+                let path = writer.path().to_owned();
+                writer.close()?;
+                self.left.insert(disk, info(&path)?.data_write_guid);
+                Ok(true)
+            }
             None => Ok(false),
         }
+    }
+
+    /// The lab itself has changed a leaf that is not open.
+    pub(crate) fn changed(&mut self, disk: Uuid) {
+        self.left.remove(&disk);
     }
 
     /// Goes on writing to another leaf.

@@ -23,7 +23,25 @@ pub(crate) fn power(cluster: &Cluster, vm_id: Uuid, wanted: Power) -> Result<(),
     let mut io = locked(&io);
     let now = cluster.read(|s| s.vm(vm_id).map(|vm| vm.power))?;
     match (now.holds_disks(), wanted.holds_disks()) {
-        (false, true) => io.open_all(&disks)?,
+        (false, true) => {
+            let mut seen = Vec::new();
+            for disk in &disks {
+                if let Some(leaf) = disk.leaf() {
+                    seen.push((disk.id, io.inspect(disk.id, leaf)?));
+                }
+            }
+            io.open_all(&disks)?;
+            cluster.change(|s| {
+                let vm = s.vm_mut(vm_id)?;
+                for (id, info) in seen {
+                    for disk in vm.disks.iter_mut().filter(|d| d.id == id) {
+                        disk.size = info.size;
+                        disk.disk_id = info.disk_id;
+                    }
+                }
+                Ok::<_, LabError>(())
+            })?;
+        }
         (true, false) => {
             io.close_all()?;
             // The map in memory ends with the worker process; the one in the .rct file goes on.

@@ -127,6 +127,7 @@ fn merge_disk(
     // Done by an earlier attempt.
     let Some(child) = child_of(chain, frozen) else { return Ok(()) };
     io.close(disk)?;
+    io.changed(disk);
     let merged = merge_child_into_parent(child, frozen).and_then(|_| {
         child_of(chain, child).map_or(Ok(()), |grandchild| set_parent(grandchild, frozen))
     });

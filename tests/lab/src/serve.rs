@@ -285,7 +285,10 @@ impl Session {
     async fn file(&self, host: &str, ask: Ask) -> Result<Answer, Refusal> {
         match ask {
             Ask::OpenFile { path } => {
-                let id = self.cluster.change(|s| s.open_file(host, Path::new(&path)))?;
+                let not_found =
+                    |_| Refusal::NotFound { namespace: "lab".into(), path: path.clone() };
+                let real = tokio::fs::canonicalize(&path).await.map_err(not_found)?;
+                let id = self.cluster.change(|s| s.open_file(host, &real))?;
                 let before = self.file_slot().replace(id);
                 if let Some(before) = before {
                     self.cluster.change(|s| s.close_file(before));

@@ -330,3 +330,31 @@ async fn the_truth_is_the_frozen_bytes_while_the_guest_writes_on() {
     assert_eq!((differs, truth.info().size), (None, 32 * MIB));
     lab.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_rewritten_in_place_while_the_vm_was_off_has_lost_its_tracking() {
+    let lab = Lab::start(CheckpointOnMigration::Travels).await;
+    let vm = lab.vm("vm", 16 * MIB).await;
+    let agent = lab.agent("alpha").await;
+    for rewritten in [false, true] {
+        let base = agent.checkpoint(&vm).await;
+        let point = agent.convert(&base).await;
+        lab.no_merge(&vm).await;
+        let leaf = lab.state(&vm).await.disks[0].chain[0].clone();
+        lab.control.stop_vm("vm").await.expect("stopped");
+        if rewritten {
+            let mut writer = outrider_disk::vhdx::VhdxWriter::open(&leaf).expect("opens");
+            writer.write_at(9 * MIB, b"restored").expect("written");
+            writer.close().expect("closed");
+        }
+        lab.control.start_vm("vm").await.expect("started");
+        let next = agent.checkpoint(&vm).await;
+        let frozen = agent.frozen(&next).await;
+        let changes = agent.changes(&frozen[0], &rct_id(&point), 16 * MIB).await;
+        let expected = if rewritten { Err(0xC03A_0029) } else { Ok(Vec::new()) };
+        assert_eq!(changes, expected);
+        agent.destroy(&next).await;
+        lab.no_merge(&vm).await;
+    }
+    lab.stop().await;
+}

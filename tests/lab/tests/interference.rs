@@ -6,7 +6,9 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use outrider_lab::{CheckpointOnMigration, GateSpec, GuestWrite, HoldSpec, WaitFor, When};
+use outrider_lab::{
+    CheckpointOnMigration, GateSpec, GuestWrite, HoldSpec, MigrationKind, WaitFor, When,
+};
 use outrider_wmi::files::{HostFile, HostFiles};
 use outrider_wmi::lab::LabFiles;
 use outrider_wmi::{NS_VIRTUALIZATION, Wmi, WmiError};
@@ -155,5 +157,29 @@ async fn a_crashed_host_answers_nobody_and_its_readers_fail() {
     lab.control.start_host("alpha").await.expect("started");
     let gone = agent.wmi.get(NS_VIRTUALIZATION, &vm_path(&vm)).await;
     assert!(matches!(gone, Err(WmiError::NotFound { .. })), "{gone:?}");
+    lab.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_old_hosts_reader_goes_on_after_a_migration_and_holds_up_the_new_hosts_merge() {
+    let lab = Lab::start(CheckpointOnMigration::Travels).await;
+    let vm = lab.vm("vm", 16 * MIB).await;
+    let alpha = lab.agent("alpha").await;
+    let made = alpha.checkpoint(&vm).await;
+    let path = alpha.frozen(&made).await.remove(0);
+    let file = open(&alpha.files, &path).await.expect("opens");
+    lab.control.migrate("vm", "beta", MigrationKind::Live).await.expect("moved");
+    let held = file.clone();
+    let read = blocking(move || held.read_at(&mut [0; 4096], 0)).await;
+    assert_eq!(read.expect("the files lie on the CSV"), 4096);
+    let beta = lab.agent("beta").await;
+    beta.convert(&made).await;
+    lab.wait(WaitFor::MergeWaitsForReaders { vm: "vm".into() }).await;
+    blocking(move || drop(file)).await;
+    lab.no_merge(&vm).await;
+    let calls = lab.control.call_log(None).await.expect("a log");
+    let seen: Vec<(&str, &str)> =
+        calls.iter().map(|c| (c.host.as_str(), c.method.as_str())).collect();
+    assert_eq!(seen, [("alpha", "CreateSnapshot"), ("beta", "ConvertToReferencePoint")]);
     lab.stop().await;
 }
