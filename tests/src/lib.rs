@@ -1,1 +1,30 @@
 //! What crosses crates: end to end with real processes, and faults.
+//!
+//! A test starts a whole [`Fabric`] of real processes of the one binary on loopback (coordinators, storage nodes, agents,
+//! and the simulated cluster that the agents believe to be Hyper-V), steers it as an operator and as a saboteur, and
+//! judges it by restoring and by the simulated cluster's own view of its hosts.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | [`binary`] | the program under test, built with the test's own profile |
+//! | [`process`] | one process: started, stopped, killed, and never left behind |
+//! | [`config`] | the configuration files |
+//! | [`fabric`] | all processes of a fabric together |
+//! | [`operator`] | what an operator asks, typed; and the command line as it is typed |
+//! | [`judge`] | is the restore exact, is the host clean? |
+//! | [`sabotage`] | power cuts and rot in a storage node's files |
+//! | [`traces`] | an OTLP receiver |
+//! | [`wait`] | waiting for states, never for time |
+
+pub mod binary;
+pub mod config;
+pub mod fabric;
+pub mod judge;
+pub mod operator;
+pub mod process;
+pub mod sabotage;
+pub mod traces;
+pub mod wait;
+
+pub use fabric::{Fabric, Plan};
+pub use wait::eventually;

@@ -1,0 +1,287 @@
+//! A whole fabric of real processes in a temporary folder.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use outrider_lab::{CreateVm, DiskSource, GuestWrite, LabControl, VmState};
+use outrider_process::identity::Role;
+use outrider_process::identity::ca::FabricCa;
+use outrider_process::secret::kek::KeyEncryptionKey;
+use tempfile::TempDir;
+
+use crate::config::Ground;
+use crate::eventually;
+use crate::operator::Operator;
+use crate::process::Process;
+
+/// Validity of the identities of a test.
+pub const DAY: Duration = Duration::from_secs(24 * 3600);
+/// Bytes.
+pub const MIB: u64 = 1 << 20;
+
+/// What a fabric is made of.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Members: 1 or 3.
+    pub coordinators: usize,
+    /// Storage nodes `s1`...
+    pub storage: usize,
+    /// Copies of each chunk.
+    pub replicas: usize,
+    /// Copies that make a chunk durable.
+    pub min_durable: usize,
+    /// Hosts of the simulated cluster, an agent on each.
+    pub hosts: Vec<String>,
+    /// Duration, renewal and cutoff of leases.
+    pub lease_ms: [u64; 3],
+    /// How long jobs ask storage that does not answer.
+    pub storage_patience: &'static str,
+    /// What a storage node may keep.
+    pub capacity: &'static str,
+    /// OTLP receiver.
+    pub otlp: Option<String>,
+    /// Debug logs.
+    pub verbose: bool,
+}
+
+impl Default for Plan {
+    /// The smallest fabric with a migration in it.
+    fn default() -> Self {
+        Self {
+            coordinators: 1,
+            storage: 1,
+            replicas: 1,
+            min_durable: 1,
+            hosts: vec!["alpha".to_owned(), "beta".to_owned()],
+            lease_ms: [1500, 300, 1000],
+            storage_patience: "60s",
+            capacity: "2 GiB",
+            otlp: None,
+            verbose: std::env::var_os("OUTRIDER_TEST_DEBUG").is_some(),
+        }
+    }
+}
+
+/// Running processes, their folder, and two ways to steer them.
+pub struct Fabric {
+    /// Coordinators `c1`..., in the order of their ids.
+    pub coordinators: Vec<Process>,
+    /// Storage nodes `s1`...
+    pub storage: Vec<Process>,
+    /// Agents, in the order of the plan's hosts.
+    pub agents: Vec<Process>,
+    /// The simulated cluster's process.
+    pub lab_process: Process,
+    /// The simulated cluster.
+    pub lab: LabControl,
+    /// The operator.
+    pub operator: Operator,
+    /// Authority of the fabric.
+    pub ca: FabricCa,
+    /// The coordinators' addresses.
+    pub addresses: Vec<String>,
+    /// What it was made of.
+    pub plan: Plan,
+    // Dropped last: the processes are gone by then.
+    folder: Folder,
+}
+
+/// A temporary folder; kept when the test fails and `OUTRIDER_TEST_KEEP` is set.
+struct Folder(Option<TempDir>);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let keep = std::thread::panicking() && std::env::var_os("OUTRIDER_TEST_KEEP").is_some();
+        if let Some(dir) = self.0.take().filter(|_| keep) {
+            eprintln!("kept {}", dir.keep().display());
+        }
+    }
+}
+
+impl Fabric {
+    /// Starts everything, and waits until hosts and layout are known.
+    pub async fn start(plan: Plan) -> Self {
+        let dir = tempfile::Builder::new().prefix("outrider-").tempdir().expect("a folder");
+        let ca = FabricCa::create(&uuid::Uuid::new_v4().to_string()).expect("a fabric");
+        let kek = KeyEncryptionKey::generate();
+        outrider_process::fs::write_private(&dir.path().join("kek"), kek.to_text().expose())
+            .expect("the folder is writable");
+        let names = |prefix: &str, count: usize| -> Vec<String> {
+            (1..=count).map(|i| format!("{prefix}{i}")).collect()
+        };
+        let members = [
+            (Role::Coordinator, names("c", plan.coordinators)),
+            (Role::Storage, names("s", plan.storage)),
+            (Role::Node, plan.hosts.clone()),
+            (Role::Operator, vec!["op".to_owned()]),
+        ];
+        for (role, names) in members {
+            for name in names {
+                let place = identity_dir(dir.path(), role, &name);
+                ca.issue(role, &name, DAY).expect("issued").save(&place).expect("saved");
+            }
+        }
+        let (coordinators, addresses) = start_coordinators(&plan, ca.fabric(), dir.path()).await;
+        let ground =
+            Ground { plan: &plan, fabric: ca.fabric(), dir: dir.path(), coordinators: &addresses };
+        let mut lab_process = Process::start("lab", "cluster", dir.path(), &ground.lab());
+        let lab_address = only_address(&mut lab_process).await;
+        let lab = LabControl::connect(lab_address).await.expect("the lab answers");
+        let mut storage: Vec<Process> = names("s", plan.storage)
+            .iter()
+            .map(|name| Process::start("storage", name, dir.path(), &ground.storage(name)))
+            .collect();
+        let mut agents: Vec<Process> = plan
+            .hosts
+            .iter()
+            .map(|h| Process::start("node", h, dir.path(), &ground.node(h, lab_address)))
+            .collect();
+        for process in storage.iter_mut().chain(&mut agents) {
+            process.ready().await;
+        }
+        let identity = identity_dir(dir.path(), Role::Operator, "op");
+        let operator = Operator::new(addresses.clone(), identity);
+        let fabric = Self {
+            coordinators,
+            storage,
+            agents,
+            lab_process,
+            lab,
+            operator,
+            ca,
+            addresses,
+            plan,
+            folder: Folder(Some(dir)),
+        };
+        fabric.settled().await;
+        fabric
+    }
+
+    /// Waits until every host and every storage node is up, and the layout is made.
+    pub async fn settled(&self) {
+        let hosts = self.plan.hosts.len();
+        eventually("all hosts and storage nodes are up", async || {
+            let status = self.operator.status().await.map_err(|e| e.to_string())?;
+            let online =
+                status.storage.iter().filter(|s| s.node.as_ref().is_some_and(|n| n.online));
+            let (up, online) = (status.hosts_up as usize, online.count());
+            let layout = status.layout.is_some_and(|l| !l.pgs.is_empty());
+            if up == hosts && online == self.plan.storage && layout {
+                return Ok(());
+            }
+            Err(format!(
+                "{up} of {hosts} hosts, {online} of {} storage nodes, layout: {layout}",
+                self.plan.storage
+            ))
+        })
+        .await;
+    }
+
+    /// The fabric's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.folder.0.as_ref().expect("gone only in drop").path()
+    }
+
+    /// Where a storage node keeps its data.
+    #[must_use]
+    pub fn storage_dir(&self, place: usize) -> PathBuf {
+        self.dir().join(format!("storage-{}", self.storage[place].name()))
+    }
+
+    /// An identity's folder.
+    #[must_use]
+    pub fn identity(&self, role: Role, name: &str) -> PathBuf {
+        identity_dir(self.dir(), role, name)
+    }
+
+    /// The agent on a host.
+    pub fn agent(&mut self, host: &str) -> &mut Process {
+        self.agents.iter_mut().find(|a| a.name() == host).expect("a host of the plan")
+    }
+
+    /// The first host that is another one.
+    #[must_use]
+    pub fn other_host(&self, host: &str) -> String {
+        self.plan.hosts.iter().find(|h| *h != host).expect("two hosts").clone()
+    }
+
+    /// A running VM with one dynamic disk, half of it written, known to the coordinator.
+    pub async fn vm(&self, name: &str, host: &str, size: u64) -> VmState {
+        self.vm_with(name, host, vec![DiskSource::Empty { size, block_size: 1 << 20 }]).await
+    }
+
+    /// A running VM with these disks, half of the first one written, known to the coordinator.
+    pub async fn vm_with(&self, name: &str, host: &str, disks: Vec<DiskSource>) -> VmState {
+        let made = self.lab.create_vm(CreateVm::new(name, host, "Volume1", disks)).await;
+        let made = made.expect("the VM is made");
+        let half = made.disks[0].size / 2;
+        self.lab.guest_write(GuestWrite::at(name, 0, 0, half, 1)).await.expect("written");
+        eventually("the VM is known", async || {
+            self.operator.vm(name).await.map(|_| ()).map_err(|e| e.to_string())
+        })
+        .await;
+        made
+    }
+
+    /// The VM as the simulated cluster sees it.
+    pub async fn seen(&self, vm: &str) -> VmState {
+        self.lab.vm(vm).await.expect("the VM is there")
+    }
+
+    /// The guest writes here and there.
+    pub async fn write(&self, vm: &str, bytes: u64, seed: u64) {
+        self.lab.guest_write(GuestWrite::scattered(vm, bytes, seed)).await.expect("written");
+    }
+}
+
+/// Where a member's identity lies in a fabric's folder.
+#[must_use]
+pub fn identity_dir(dir: &Path, role: Role, name: &str) -> PathBuf {
+    dir.join("identities").join(format!("{}-{name}", role.as_str()))
+}
+
+/// Waits for a process with one address and gives it.
+async fn only_address(process: &mut Process) -> SocketAddr {
+    let ready = process.ready().await;
+    *ready.addresses.values().next().expect("it listens")
+}
+
+/// Members must know each other's ports before they start: ports are reserved, released, and taken. Somebody else may
+/// be quicker; then all begin again with other ports.
+async fn start_coordinators(plan: &Plan, fabric: &str, dir: &Path) -> (Vec<Process>, Vec<String>) {
+    let mut reason = String::new();
+    for _ in 0..5 {
+        let addresses = free_ports(plan.coordinators);
+        let ground = Ground { plan, fabric, dir, coordinators: &addresses };
+        let mut started: Vec<Process> = (0..plan.coordinators)
+            .map(|place| {
+                let config = ground.coordinator(place);
+                Process::start("coordinator", &format!("c{}", place + 1), dir, &config)
+            })
+            .collect();
+        let mut failed = None;
+        for process in &mut started {
+            failed = failed.or(process.try_ready().await.err());
+        }
+        match failed {
+            None => return (started, addresses),
+            Some(why) if why.contains("already in use") => reason = why,
+            Some(why) => panic!("{why}"),
+        }
+        drop(started);
+        for place in 1..=plan.coordinators {
+            let _ = std::fs::remove_dir_all(dir.join(format!("coordinator-c{place}")));
+        }
+    }
+    panic!("no free ports for coordinators: {reason}")
+}
+
+/// Addresses that nobody listens on now.
+#[must_use]
+pub fn free_ports(count: usize) -> Vec<String> {
+    let held: Vec<TcpListener> =
+        (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
+    held.iter().map(|l| l.local_addr().expect("bound").to_string()).collect()
+}

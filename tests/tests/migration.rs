@@ -1,0 +1,121 @@
+//! Promise 2 and 3: the new host goes on with the same checkpoint, and a stale agent neither commits nor touches anything.
+
+use std::collections::BTreeSet;
+
+use outrider_lab::{GateSpec, MigrationKind, WaitFor};
+use outrider_proto::rpc::BackupKind;
+use outrider_tests::fabric::MIB;
+use outrider_tests::wait::DEADLINE;
+use outrider_tests::{Fabric, Plan, eventually};
+
+/// Methods that change something on a host, those of our product's jobs.
+const MUTATING: [&str; 9] = [
+    "CreateSnapshot",
+    "DestroySnapshot",
+    "ConvertToReferencePoint",
+    "DestroyReferencePoint",
+    "ModifySystemSettings",
+    "ImportSystemDefinition",
+    "RealizePlannedSystem",
+    "DestroySystem",
+    "RequestStateChange",
+];
+
+/// Holds the reads of one host after so many bytes.
+async fn gate(fabric: &Fabric, vm: &str, host: &str, budget: u64) -> u64 {
+    let spec = GateSpec { vm: vm.to_owned(), host: Some(host.to_owned()), budget };
+    fabric.lab.set_gate(spec).await.expect("a gate")
+}
+
+async fn blocked(fabric: &Fabric, gate: u64) {
+    fabric.lab.wait(WaitFor::GateBlocked { gate }, DEADLINE).await.expect("the job reads");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_in_a_backup_neither_reads_nor_sends_again_what_is_stored() {
+    let fabric = Fabric::start(Plan::default()).await;
+    let vm = "traveller";
+    // Four leaf pages of 32 MiB each are written, of eight.
+    fabric.vm(vm, "alpha", 256 * MIB).await;
+    let written = 128 * MIB;
+    let leaf = 32 * MIB;
+
+    let gate = gate(&fabric, vm, "alpha", 100 * MIB).await;
+    let job = fabric.operator.backup(vm, BackupKind::Full).await;
+    blocked(&fabric, gate).await;
+    fabric.lab.migrate(vm, "beta", MigrationKind::Live).await.expect("moves");
+    fabric.lab.release_gate(gate).await.expect("open");
+    let job = fabric.operator.done(&job.job_id).await;
+
+    let hosts: BTreeSet<&str> = job.attempts.iter().map(|a| a.host.as_str()).collect();
+    assert_eq!(hosts, BTreeSet::from(["alpha", "beta"]), "one job, two hosts: {job:?}");
+    let on = |host| fabric.bytes_read(vm, Some(host));
+    let (alpha, beta) = (on("alpha").await, on("beta").await);
+    assert!(beta > 0, "the new host read what was missing");
+    // What was in hand when it moved: the leaf in work, and one ahead of it in the pipeline.
+    let bound = written + 2 * leaf + 4 * MIB;
+    assert!(alpha + beta <= bound, "{alpha} + {beta} bytes read, allowed {bound}");
+    let stats = job.stats.expect("figures");
+    assert!(stats.adopted_pages > 0, "leaf pages of the old host were adopted: {stats:?}");
+    assert!(stats.resent_bytes <= 2 * leaf && stats.reread_bytes <= 2 * leaf, "{stats:?}");
+
+    let points = fabric.operator.points(vm).await;
+    assert_eq!(points.len(), 1, "one job, one point");
+    assert_eq!(
+        fabric.lab.truth_list(vm).await.expect("a list").len(),
+        1,
+        "one checkpoint was made"
+    );
+    fabric.assert_restores_exactly(&points[0], "alpha").await;
+    fabric.assert_clean(vm).await;
+    fabric.assert_next_incremental_is_exact(vm, 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stale_agent_that_wakes_up_neither_commits_nor_calls_the_hypervisor() {
+    let mut fabric = Fabric::start(Plan::default()).await;
+    let vm = "contested";
+    fabric.vm(vm, "alpha", 48 * MIB).await;
+    fabric.operator.backed_up(vm, BackupKind::Full).await;
+    fabric.write(vm, 8 * MIB, 3).await;
+
+    let gate = gate(&fabric, vm, "alpha", 4 * MIB).await;
+    let job = fabric.operator.backup(vm, BackupKind::Incremental).await;
+    blocked(&fabric, gate).await;
+    fabric.agent("alpha").pause();
+    fabric.lab.migrate(vm, "beta", MigrationKind::Live).await.expect("moves");
+    // The gate is open for whoever may read; the old agent sleeps and would go on exactly here.
+    fabric.lab.release_gate(gate).await.expect("open");
+    let job = fabric.operator.done(&job.job_id).await;
+    assert_eq!(job.host, "beta", "the new host finished: {job:?}");
+    let points = fabric.operator.points(vm).await;
+    assert_eq!(points.len(), 2);
+
+    let calls_before = fabric.lab.call_log(None).await.expect("a log");
+    let last = calls_before.iter().map(|c| c.order).max().unwrap_or(0);
+    let heard = host_heard(&fabric, "alpha").await;
+    fabric.agent("alpha").resume();
+    eventually("the old agent is back", async || {
+        let now = host_heard(&fabric, "alpha").await;
+        if now > heard { Ok(()) } else { Err("not heard of yet".to_owned()) }
+    })
+    .await;
+    // Work that comes after its return: whatever it had queued is decided by then.
+    fabric.assert_next_incremental_is_exact(vm, 4).await;
+
+    let calls = fabric.lab.call_log(Some("alpha")).await.expect("a log");
+    let id = fabric.seen(vm).await.id;
+    let touched: Vec<_> = calls
+        .iter()
+        .filter(|c| c.order > last && c.vm == Some(id) && MUTATING.contains(&c.method.as_str()))
+        .collect();
+    assert!(touched.is_empty(), "the stale agent touched the hypervisor: {touched:?}");
+    let points = fabric.operator.points(vm).await;
+    assert_eq!(points.len(), 3, "the stale agent committed: {points:?}");
+    fabric.assert_restores_exactly(&points[1], "alpha").await;
+}
+
+async fn host_heard(fabric: &Fabric, host: &str) -> u64 {
+    let hosts = fabric.operator.hosts().await.expect("a list");
+    hosts.iter().find(|h| h.name == host).map_or(0, |h| h.last_heard_unix_ms)
+}
