@@ -132,7 +132,7 @@ fn binary() -> PathBuf {
 }
 
 /// Kills and joins what it started, also when the test fails.
-struct Process(Child, &'static str);
+struct Process(Child, String);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -151,52 +151,75 @@ fn free_udp() -> u16 {
     socket.local_addr().expect("bound").port()
 }
 
-/// What a pod would run: its arguments and its file, moved to this machine's paths and ports.
+/// A pod moved to this machine: its arguments and its file, with the paths and ports it has here.
 struct Pod {
-    role: &'static str,
+    role: Role,
+    name: String,
     args: Vec<String>,
+    fabric: u16,
     observability: u16,
 }
 
-fn pod(
-    objects: &[Value],
-    role: &'static str,
-    dir: &Path,
-    ports: &[(String, String)],
-    observability: u16,
-) -> Pod {
-    let set = format!("{RELEASE}-outrider-{role}");
-    let name = format!("{set}-0");
-    let template = &object(objects, "StatefulSet", &set)["spec"]["template"]["spec"];
-    let container = &template["containers"][0];
-    let mounts: Vec<&str> = container["volumeMounts"]
-        .as_array()
-        .expect("mounts")
-        .iter()
-        .filter_map(|mount| mount["mountPath"].as_str())
-        .collect();
-    let here = dir.join(&name);
-    let mut text = object(objects, "ConfigMap", &set)["data"][format!("{name}.toml")]
-        .as_str()
-        .expect("a file for the pod")
-        .to_owned();
-    for (from, to) in ports {
-        text = text.replace(from, to);
+impl Pod {
+    /// Takes its ports; [`Pod::unpack`] makes the rest.
+    fn new(role: Role, ordinal: u64) -> Self {
+        let fabric = if role == Role::Storage { free_udp() } else { free_tcp() };
+        let name = format!("{RELEASE}-outrider-{role}-{ordinal}");
+        Self { role, name, args: Vec::new(), fabric, observability: free_tcp() }
     }
-    text = text.replace("0.0.0.0:9809", &format!("127.0.0.1:{observability}"));
-    for mount in &mounts {
-        let path = here.join(mount.trim_start_matches('/'));
-        std::fs::create_dir_all(&path).expect("made");
-        text = text.replace(mount, &path.display().to_string());
+
+    fn set(&self) -> String {
+        format!("{RELEASE}-outrider-{}", self.role)
     }
-    let arg = |arg: &Value| {
-        let arg = arg.as_str().expect("text").replace("$(OUTRIDER_NAME)", &name);
-        let moved = mounts.iter().find(|mount| arg.starts_with(**mount));
-        moved.map_or_else(|| arg.clone(), |_| format!("{}{arg}", here.display()))
-    };
-    let args: Vec<String> = container["args"].as_array().expect("args").iter().map(arg).collect();
-    std::fs::write(&args[2], text).expect("written");
-    Pod { role, args, observability }
+
+    /// The port that the chart gives the role.
+    fn port_inside(&self) -> u16 {
+        if self.role == Role::Storage { 9811 } else { 9800 }
+    }
+
+    /// Address inside Kubernetes.
+    fn inside(&self) -> String {
+        let (name, set) = (&self.name, self.set());
+        format!("{name}.{set}.backup.svc.cluster.local:{}", self.port_inside())
+    }
+
+    /// Writes the pod's volumes under `dir`; `pods` are all that its file may name.
+    fn unpack(&mut self, objects: &[Value], dir: &Path, addresses: &[(String, u16)]) {
+        let template = &object(objects, "StatefulSet", &self.set())["spec"]["template"]["spec"];
+        let container = &template["containers"][0];
+        let mounts = container["volumeMounts"].as_array().expect("mounts");
+        let mounts: Vec<&str> =
+            mounts.iter().filter_map(|mount| mount["mountPath"].as_str()).collect();
+        let files = &object(objects, "ConfigMap", &self.set())["data"];
+        let text = files[format!("{}.toml", self.name)].as_str().expect("a file for the pod");
+
+        let here = dir.join(&self.name);
+        let mut text =
+            text.replace("0.0.0.0:9809", &format!("127.0.0.1:{}", self.observability)).replace(
+                &format!("0.0.0.0:{}", self.port_inside()),
+                &format!("127.0.0.1:{}", self.fabric),
+            );
+        for (inside, port) in addresses {
+            text = text.replace(inside, &format!("127.0.0.1:{port}"));
+        }
+        for mount in &mounts {
+            let path = here.join(mount.trim_start_matches('/'));
+            std::fs::create_dir_all(&path).expect("made");
+            text = text.replace(mount, &path.display().to_string());
+        }
+        assert!(!text.contains("svc.cluster.local"), "an address of no pod: {text}");
+        let moved = |arg: &Value| {
+            let arg = arg.as_str().expect("text").replace("$(OUTRIDER_NAME)", &self.name);
+            let mounted = mounts.iter().any(|mount| arg.starts_with(mount));
+            if mounted { format!("{}{arg}", here.display()) } else { arg }
+        };
+        self.args = container["args"].as_array().expect("args").iter().map(moved).collect();
+        std::fs::write(self.args.last().expect("--config FILE"), text).expect("written");
+    }
+
+    fn volume(&self, dir: &Path, mount: &str) -> PathBuf {
+        dir.join(&self.name).join(mount)
+    }
 }
 
 impl Pod {
@@ -209,7 +232,7 @@ impl Pod {
             .stdin(Stdio::null())
             .spawn()
             .expect("started");
-        Process(child, self.role)
+        Process(child, self.name.clone())
     }
 
     /// The body of `/readyz` if it answers 200, else why not.
@@ -235,36 +258,27 @@ fn the_rendered_command_lines_become_ready_with_the_rendered_files() {
         eprintln!("SKIPPED: this build of outrider has no coordinator command yet");
         return;
     }
-    let values = root().join("charts/outrider/ci/single-values.yaml");
+    let values = root().join("charts/outrider/ci/default-values.yaml");
     let set = ["storage.capacity=64 MiB", "storage.segmentSize=16 MiB"];
     let (_, objects) = render(&tools, &values, &set);
 
     let dir = tempfile::tempdir().expect("a directory");
-    let (grpc, quic) = (free_tcp(), free_udp());
-    let inside = |role: &str, port: &str| {
-        let set = format!("{RELEASE}-outrider-{role}");
-        format!("{set}-0.{set}.backup.svc.cluster.local:{port}")
-    };
-    let ports = [
-        ("0.0.0.0:9800".to_owned(), format!("127.0.0.1:{grpc}")),
-        ("0.0.0.0:9811".to_owned(), format!("127.0.0.1:{quic}")),
-        (inside("coordinator", "9800"), format!("127.0.0.1:{grpc}")),
-        (inside("storage", "9811"), format!("127.0.0.1:{quic}")),
-    ];
-    let pods = [
-        pod(&objects, "coordinator", dir.path(), &ports, free_tcp()),
-        pod(&objects, "storage", dir.path(), &ports, free_tcp()),
-    ];
+    let of = |role| (0..3).map(move |ordinal| Pod::new(role, ordinal));
+    let mut pods: Vec<Pod> = of(Role::Coordinator).chain(of(Role::Storage)).collect();
+    let addresses: Vec<_> = pods.iter().map(|pod| (pod.inside(), pod.fabric)).collect();
     let ca = FabricCa::create(FABRIC).expect("a fabric");
-    for role in [Role::Coordinator, Role::Storage] {
-        let name = format!("{RELEASE}-outrider-{role}-0");
-        let identity = dir.path().join(&name).join("etc/outrider/identity");
-        ca.issue(role, &name, DAY).expect("issued").save(&identity).expect("saved");
+    let kek = KeyEncryptionKey::generate();
+    for pod in &mut pods {
+        pod.unpack(&objects, dir.path(), &addresses);
+        let identity = ca.issue(pod.role, &pod.name, DAY).expect("issued");
+        identity.save(&pod.volume(dir.path(), "etc/outrider/identity")).expect("saved");
+        if pod.role == Role::Coordinator {
+            let file = pod.volume(dir.path(), "etc/outrider/kek").join("kek");
+            std::fs::write(file, kek.to_text().expose()).expect("written");
+        }
     }
-    let kek = dir.path().join(format!("{RELEASE}-outrider-coordinator-0/etc/outrider/kek/kek"));
-    std::fs::write(kek, KeyEncryptionKey::generate().to_text().expose()).expect("written");
 
-    let log = |pod: &Pod| dir.path().join(format!("{}.log", pod.role));
+    let log = |pod: &Pod| dir.path().join(format!("{}.log", pod.name));
     let mut processes: Vec<Process> =
         pods.iter().map(|pod| pod.start(&binary, &log(pod))).collect();
     let give_up = Instant::now() + DEADLINE;

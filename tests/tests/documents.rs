@@ -40,12 +40,24 @@ fn the_code_map_names_only_files_that_exist() {
     for word in page.split('`').skip(1).step_by(2) {
         let is_path = word.contains('/')
             && !word.contains(char::is_whitespace)
-            && ["node/", "proto/", "storage/", "coordinator/", "tests/", "src/", "charts/", "docs/"]
-                .iter()
-                .any(|top| word.starts_with(top));
+            && [
+                "node/",
+                "proto/",
+                "storage/",
+                "coordinator/",
+                "tests/",
+                "src/",
+                "charts/",
+                "docs/",
+            ]
+            .iter()
+            .any(|top| word.starts_with(top));
         if is_path {
             checked += 1;
-            assert!(root().join(word).exists(), "docs/architecture.md names `{word}`, which is gone");
+            assert!(
+                root().join(word).exists(),
+                "docs/architecture.md names `{word}`, which is gone"
+            );
         }
     }
     assert!(checked > 20, "the code map lost its paths");

@@ -58,7 +58,8 @@ fn no_package_depends_on_what_the_architecture_forbids() {
             );
             continue;
         };
-        for dependency in package.dependencies.iter().filter(|d| d.kind != DependencyKind::Development)
+        for dependency in
+            package.dependencies.iter().filter(|d| d.kind != DependencyKind::Development)
         {
             assert!(
                 !ours.contains(&dependency.name) || may.contains(dependency.name.as_str()),
@@ -84,7 +85,8 @@ fn no_package_depends_on_what_the_architecture_forbids() {
 #[test]
 fn nothing_brings_a_second_tls_stack_or_a_c_plus_plus_library() {
     let metadata = MetadataCommand::new().exec().expect("cargo metadata");
-    for banned in ["openssl", "openssl-sys", "native-tls", "aws-lc-sys", "rocksdb", "protobuf-src"] {
+    for banned in ["openssl", "openssl-sys", "native-tls", "aws-lc-sys", "rocksdb", "protobuf-src"]
+    {
         assert!(
             metadata.packages.iter().all(|p| p.name.as_str() != banned),
             "{banned} came in: see docs/decisions/0002-crates.md"
