@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrider_disk::DiskError;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::cluster::Cluster;
@@ -136,24 +136,29 @@ fn write_pieces(
     Ok(written)
 }
 
-/// Keeps writing at a rate until cancelled or the VM is gone. A guest that is not running waits.
+/// Keeps writing at a rate until told to stop or the VM is gone. A guest that is not running waits.
 pub(crate) async fn write_steadily(
-    cluster: Arc<Cluster>,
+    cluster: &Arc<Cluster>,
     vm: Uuid,
     bytes_per_second: u64,
     seed: u64,
+    stop: &CancellationToken,
 ) -> Result<(), LabError> {
     const TICKS: u64 = 10;
     let mut tick = tokio::time::interval(Duration::from_millis(1000 / TICKS));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut round = seed;
     loop {
-        tick.tick().await;
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = stop.cancelled() => return Ok(()),
+            () = cluster.cancel.cancelled() => return Ok(()),
+        }
         round = round.wrapping_add(1);
         let bytes = (bytes_per_second / TICKS).max(1);
-        match write(&cluster, GuestWrite::scattered(&vm.to_string(), bytes, round)).await {
+        match write(cluster, GuestWrite::scattered(&vm.to_string(), bytes, round)).await {
+            // Off, paused, or in the middle of going there.
             Ok(_) | Err(LabError::Refused { .. }) => {}
-            Err(LabError::Disk(DiskError::Io { .. })) => {}
             Err(e) => return Err(e),
         }
     }

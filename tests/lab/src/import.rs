@@ -182,7 +182,7 @@ impl Vm {
             folder,
             created: now(),
             vss: true,
-            rate: None,
+            steady: None,
             io: Arc::default(),
         }
     }
@@ -253,8 +253,8 @@ pub(crate) fn destroy(cluster: &Cluster, id: Uuid) -> Result<(), LabError> {
             return Err(LabError::refused(&vm.name, 32775, "the VM is running"));
         }
         let Some(vm) = s.vms.remove(&id) else { return Ok(()) };
-        if let Some(rate) = &vm.rate {
-            rate.cancel();
+        if let Some(steady) = &vm.steady {
+            steady.stop.cancel();
         }
         remove_vm_files(&vm);
         s.notify(Some(&vm.host), DELETED, classes::computer_system(&vm), None);

@@ -129,9 +129,18 @@ pub(crate) struct Vm {
     pub(crate) created: u64,
     /// Whether the guest's VSS integration answers.
     pub(crate) vss: bool,
-    pub(crate) rate: Option<CancellationToken>,
+    pub(crate) steady: Option<SteadyGuest>,
     /// The bytes; locked only on threads that may block, and never while the state is locked.
     pub(crate) io: Arc<Mutex<VmIo>>,
+}
+
+/// A guest that writes all the time.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct SteadyGuest {
+    /// Cancelled to make it stop after the write it is at.
+    pub(crate) stop: CancellationToken,
+    /// Cancelled when it has stopped.
+    pub(crate) stopped: CancellationToken,
 }
 
 /// A disk slot of a VM.

@@ -107,7 +107,7 @@ async fn obey(cluster: &Arc<Cluster>, command: Command) -> Result<Json, LabError
         Command::SetVss { vm, ok } => json(cluster.change_vm(id_of(&vm)?, |vm| vm.vss = ok)?),
         Command::GuestWrite(write) => guest::write(cluster, write).await.and_then(json),
         Command::GuestRate { vm, bytes_per_second, seed } => {
-            json(vms::guest_rate(cluster, id_of(&vm)?, bytes_per_second, seed)?)
+            json(vms::guest_rate(cluster, id_of(&vm)?, bytes_per_second, seed).await?)
         }
         Command::UserCheckpoint { vm, name } => {
             let id = id_of(&vm)?;

@@ -138,6 +138,7 @@ enum Step {
     Crash,
     Restart,
     Abandon,
+    UserCheckpoint,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -149,6 +150,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Crash),
         1 => Just(Step::Restart),
         1 => Just(Step::Abandon),
+        1 => Just(Step::UserCheckpoint),
     ]
 }
 
@@ -201,8 +203,21 @@ async fn play(steps: Vec<Step>, seed: u64) {
                 // A backup that failed: its checkpoint is destroyed, the bound reference point stays.
                 let agent = owner(&lab, &vm).await;
                 let made = agent.checkpoint(&vm).await;
+                let write = GuestWrite::scattered("vm", MIB, n);
+                lab.control.guest_write(write).await.expect("written");
                 agent.destroy(&made).await;
                 lab.no_merge(&vm).await;
+                Ok(())
+            }
+            Step::UserCheckpoint => {
+                let made = lab.control.user_checkpoint("vm", "user").await.expect("made");
+                let write = GuestWrite::scattered("vm", MIB, n);
+                lab.control.guest_write(write).await.expect("written");
+                // Half of them stay until the end: the VM runs on a longer chain then.
+                if n % 2 == 0 {
+                    lab.control.delete_checkpoint("vm", made).await.expect("deleted");
+                    lab.no_merge(&vm).await;
+                }
                 Ok(())
             }
         }
@@ -240,4 +255,29 @@ proptest! {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         runtime.block_on(play(steps, seed));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_steady_guest_writes_until_it_is_told_to_stop() {
+    let lab = Lab::start(CheckpointOnMigration::Travels).await;
+    let vm = lab.vm("vm", 16 * MIB).await;
+    let agent = lab.agent("alpha").await;
+    let base = agent.checkpoint(&vm).await;
+    let point = agent.convert(&base).await;
+    lab.no_merge(&vm).await;
+    lab.control.guest_rate("vm", 1_000_000, 5).await.expect("set");
+    let changed = async || {
+        let made = agent.checkpoint(&vm).await;
+        let frozen = agent.frozen(&made).await;
+        let changed = agent.changes(&frozen[0], &rct_id(&point), 16 * MIB).await.expect("tracked");
+        agent.destroy(&made).await;
+        lab.no_merge(&vm).await;
+        changed
+    };
+    let begun = tokio::time::timeout(DEADLINE, async { while changed().await.is_empty() {} });
+    begun.await.expect("it writes");
+    lab.control.guest_rate("vm", 0, 0).await.expect("set");
+    let first = changed().await;
+    assert_eq!(changed().await, first);
+    lab.stop().await;
 }

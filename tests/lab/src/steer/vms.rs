@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use outrider_disk::DiskChain;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::checkpoint::{self, NewCheckpoint};
@@ -16,7 +15,7 @@ use crate::guest::{self, Chance};
 use crate::host;
 use crate::import;
 use crate::methods::announce_new;
-use crate::model::{Busy, Disk, Power, State, Vm, guid};
+use crate::model::{Busy, Disk, Power, State, SteadyGuest, Vm, guid};
 
 /// Refuses while something else is at work on the VM.
 pub(super) fn idle(cluster: &Cluster, id: Uuid) -> Result<(), LabError> {
@@ -234,33 +233,29 @@ pub(super) fn resize_disk(
     })
 }
 
-pub(super) fn guest_rate(
+/// Lets a guest write all the time, at another rate than before, or no more; what it was at before has ended then.
+pub(super) async fn guest_rate(
     cluster: &Arc<Cluster>,
     id: Uuid,
     rate: u64,
     seed: u64,
 ) -> Result<(), LabError> {
-    let token = CancellationToken::new();
-    let before = cluster.change(|s| {
-        let vm = s.vm_mut(id)?;
-        Ok::<_, LabError>(if rate == 0 { vm.rate.take() } else { vm.rate.replace(token.clone()) })
-    })?;
+    let before = cluster.change(|s| s.vm_mut(id).map(|vm| vm.steady.take()))?;
     if let Some(before) = before {
-        before.cancel();
+        before.stop.cancel();
+        before.stopped.cancelled().await;
     }
-    if rate > 0 {
-        let inner = cluster.clone();
-        cluster.tasks.spawn(async move {
-            tokio::select! {
-                result = guest::write_steadily(inner.clone(), id, rate, seed) => {
-                    if let Err(e) = result {
-                        tracing::debug!(vm = %id, error = %e, "a guest stopped writing");
-                    }
-                }
-                () = token.cancelled() => {}
-                () = inner.cancel.cancelled() => {}
-            }
-        });
+    if rate == 0 {
+        return Ok(());
     }
+    let steady = SteadyGuest::default();
+    cluster.change(|s| s.vm_mut(id).map(|vm| vm.steady = Some(steady.clone())))?;
+    let inner = cluster.clone();
+    cluster.tasks.spawn(async move {
+        let _says_so = steady.stopped.drop_guard();
+        if let Err(e) = guest::write_steadily(&inner, id, rate, seed, &steady.stop).await {
+            tracing::debug!(vm = %id, error = %e, "a guest stopped writing");
+        }
+    });
     Ok(())
 }
