@@ -358,3 +358,25 @@ async fn a_disk_rewritten_in_place_while_the_vm_was_off_has_lost_its_tracking() 
     }
     lab.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_tells_its_facts_while_the_guest_writes_to_it() {
+    let lab = Lab::start(CheckpointOnMigration::Travels).await;
+    let vm = lab.vm("vm", 64 * MIB).await;
+    let agent = lab.agent("alpha").await;
+    agent.checkpoint(&vm).await;
+    let leaf = lab.state(&vm).await.disks[0].chain[1].display().to_string();
+    let mut id = None;
+    for round in 0..20 {
+        let write = lab.control.guest_write(GuestWrite::scattered("vm", 4 * MIB, round));
+        let path = args(&[("Path", leaf.as_str().into())]);
+        let ask = agent.call(IMAGE_SERVICE, "GetVirtualHardDiskSettingData", path);
+        let (written, out) = tokio::join!(write, ask);
+        assert_eq!((written.expect("written"), code(&out)), (4 * MIB, 0));
+        let facts = embedded::from_text(out.str("SettingData").expect("text")).expect("facts");
+        assert_eq!(facts.u64("MaxInternalSize"), Some(64 * MIB));
+        let told = facts.str("VirtualDiskId").map(str::to_owned);
+        assert!(told.is_some() && id.replace(told.clone()).is_none_or(|before| before == told));
+    }
+    lab.stop().await;
+}

@@ -119,7 +119,18 @@ async fn settings(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusa
     if !path.exists() {
         return Ok(Outcome::code(FILE_NOT_FOUND));
     }
-    let read = cluster.blocking(move || describe(&path)).await;
+    // A live leaf is looked at between two writes.
+    let io = cluster.read(|s| {
+        s.vm_of_file(&path)
+            .filter(|vm| vm.writes(&path) || vm.merging(&path))
+            .map(|vm| vm.io.clone())
+    });
+    let read = cluster
+        .blocking(move || {
+            let _still = io.as_deref().map(locked);
+            describe(&path)
+        })
+        .await;
     match read.map_err(|e| invalid(&call.method, &e.to_string()))? {
         Ok(object) => {
             Ok(Outcome::code(super::DONE).with("SettingData", embedded::to_text(&object)))
