@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use outrider_process::identity::Role;
 use outrider_process::identity::ca::FabricCa;
 use outrider_process::secret::kek::KeyEncryptionKey;
+use outrider_tests::binary::outrider;
 use serde_json::Value;
 
 const FABRIC: &str = "0191e7a0-0000-4000-8000-000000000001";
@@ -115,20 +116,6 @@ fn each_storage_pod_has_an_address_of_its_own_outside_the_cluster() {
         let advertised = format!("advertise = [\"k8s.example.com:{}\"]", 30811 + ordinal);
         assert!(text.contains(&advertised), "{text}");
     }
-}
-
-/// The program under test, built with the profile of this test.
-fn binary() -> PathBuf {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut build = Command::new(cargo);
-    build.args(["build", "--quiet", "-p", "outrider", "--bin", "outrider"]).current_dir(root());
-    if !cfg!(debug_assertions) {
-        build.arg("--release");
-    }
-    output(&mut build);
-    let test = std::env::current_exe().expect("a test has a path");
-    let profile = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");
-    profile.join(format!("outrider{}", std::env::consts::EXE_SUFFIX))
 }
 
 /// Kills and joins what it started, also when the test fails.
@@ -252,8 +239,8 @@ impl Pod {
 #[test]
 fn the_rendered_command_lines_become_ready_with_the_rendered_files() {
     let Some(tools) = tools() else { return };
-    let binary = binary();
-    let help = output(Command::new(&binary).args(["coordinator", "--help"]));
+    let binary = outrider();
+    let help = output(Command::new(binary).args(["coordinator", "--help"]));
     if !help.contains("--config") {
         eprintln!("SKIPPED: this build of outrider has no coordinator command yet");
         return;
@@ -279,8 +266,7 @@ fn the_rendered_command_lines_become_ready_with_the_rendered_files() {
     }
 
     let log = |pod: &Pod| dir.path().join(format!("{}.log", pod.name));
-    let mut processes: Vec<Process> =
-        pods.iter().map(|pod| pod.start(&binary, &log(pod))).collect();
+    let mut processes: Vec<Process> = pods.iter().map(|pod| pod.start(binary, &log(pod))).collect();
     let give_up = Instant::now() + DEADLINE;
     for (pod, process) in pods.iter().zip(&mut processes) {
         while let Err(reason) = pod.ready() {
