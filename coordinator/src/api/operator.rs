@@ -1,0 +1,400 @@
+//! The operators' side: everything that the command line, the console and scripts use.
+
+mod names;
+mod view;
+mod watch;
+
+use std::sync::Arc;
+
+use outrider_process::identity::{PeerName, Role};
+use outrider_process::tasks::TaskSpawner;
+use outrider_proto::error_code::{self, ErrorCode};
+use outrider_proto::ids::{GroupId, JobId, VmKey};
+use outrider_proto::model::parse;
+use outrider_proto::rpc;
+use outrider_proto::rpc::operator_server::{Operator, OperatorServer};
+use outrider_proto::status::status;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{peer, wire};
+use crate::leader::{Leader, backup, new_job, operator_ticket, wire_layout};
+use crate::state::groups::{NewGroup, Policy};
+use crate::state::jobs::{NewJob, Restore, Work};
+use crate::state::points::Point;
+use crate::state::vms::is_followed;
+use crate::state::{Change, Outcome, State};
+
+use names::NameError;
+
+/// Serves operators.
+pub(crate) struct OperatorService {
+    leader: Arc<Leader>,
+    tasks: TaskSpawner,
+}
+
+/// Chunk sizes that the format allows.
+const CHUNK_SIZES: std::ops::RangeInclusive<u32> = 64 << 10..=4 << 20;
+
+impl OperatorService {
+    pub(crate) fn server(leader: Arc<Leader>, tasks: TaskSpawner) -> OperatorServer<Self> {
+        OperatorServer::new(Self { leader, tasks })
+    }
+
+    fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        self.leader.member().replica().read(look)
+    }
+
+    /// The caller, if it is an operator and this member leads provably: what it reads is current.
+    async fn enter<T>(&self, request: &Request<T>) -> Result<PeerName, Status> {
+        let peer = peer::require(request, Role::Operator)?;
+        match self.leader.member().prove().await {
+            Ok(_) => Ok(peer),
+            Err(error) => Err(super::proposal(&self.leader, error)),
+        }
+    }
+
+    async fn propose(&self, change: Change) -> Result<Outcome, Status> {
+        match self.leader.propose(change).await {
+            Ok(Outcome::Refused(refusal)) => Err(super::refused(&refusal)),
+            Ok(outcome) => Ok(outcome),
+            Err(error) => Err(super::proposal(&self.leader, error)),
+        }
+    }
+
+    async fn create(&self, job: NewJob) -> Result<rpc::Job, Status> {
+        let id = job.id;
+        self.propose(Change::CreateJob(Box::new(job))).await?;
+        self.job(id)
+    }
+
+    fn job(&self, id: JobId) -> Result<rpc::Job, Status> {
+        self.read(|state| state.jobs.get(id).map(|job| view::job(state, &self.leader, job)))
+            .ok_or_else(|| unknown_job(&id))
+    }
+}
+
+#[tonic::async_trait]
+impl Operator for OperatorService {
+    type WatchJobsStream = ReceiverStream<Result<rpc::Job, Status>>;
+
+    async fn status(
+        &self,
+        request: Request<rpc::StatusRequest>,
+    ) -> Result<Response<rpc::StatusReply>, Status> {
+        peer::require(&request, Role::Operator)?;
+        // Any member answers; one that cannot prove that it leads says that it may be behind.
+        let stale = self.leader.member().prove().await.is_err();
+        Ok(Response::new(view::status(&self.leader, stale)))
+    }
+
+    async fn list_hosts(
+        &self,
+        request: Request<rpc::ListHostsRequest>,
+    ) -> Result<Response<rpc::ListHostsReply>, Status> {
+        self.enter(&request).await?;
+        let live = self.leader.live();
+        let hosts = self.read(|state| view::hosts(state, &live));
+        Ok(Response::new(rpc::ListHostsReply { hosts }))
+    }
+
+    async fn list_vms(
+        &self,
+        request: Request<rpc::ListVmsRequest>,
+    ) -> Result<Response<rpc::ListVmsReply>, Status> {
+        self.enter(&request).await?;
+        let wanted = request.into_inner().name;
+        let vms = self.read(|state| {
+            if wanted.is_empty() {
+                return Ok(view::vms(state, state.vms.keys().cloned().collect()));
+            }
+            let found = names::vms(state, &wanted);
+            if found.is_empty() {
+                return Err(named(NameError::UnknownVm(wanted)));
+            }
+            Ok(view::vms(state, found))
+        })?;
+        Ok(Response::new(rpc::ListVmsReply { vms }))
+    }
+
+    async fn create_group(
+        &self,
+        request: Request<rpc::CreateGroupRequest>,
+    ) -> Result<Response<rpc::Group>, Status> {
+        self.enter(&request).await?;
+        let r = request.into_inner();
+        names::check_name("group", &r.name).map_err(named)?;
+        if r.vms.is_empty() && r.name_patterns.is_empty() {
+            return Err(Status::invalid_argument(
+                "a protection group needs at least one VM or one name pattern; name some with --vm or --pattern",
+            ));
+        }
+        for pattern in &r.name_patterns {
+            names::check_name("name pattern", pattern).map_err(named)?;
+        }
+        let policy = policy(r.policy.unwrap_or_default())?;
+        let mut vms = std::collections::BTreeSet::new();
+        for vm in &r.vms {
+            let key = self.read(|state| names::vm(state, vm)).map_err(named)?;
+            if !is_followed(&key) {
+                return Err(Status::failed_precondition(format!(
+                    "VM {key} is a replica; protect the primary instead"
+                )));
+            }
+            vms.insert(key);
+        }
+        let id = GroupId::random();
+        let group = NewGroup {
+            id,
+            name: r.name,
+            vms,
+            patterns: r.name_patterns,
+            policy,
+            created_ms: self.leader.member().clock().unix_millis(),
+        };
+        self.propose(Change::CreateGroup(Box::new(group))).await?;
+        self.read(|state| view::group(state, id))
+            .map(Response::new)
+            .ok_or_else(|| named(NameError::UnknownGroup(id.to_string())))
+    }
+
+    async fn list_groups(
+        &self,
+        request: Request<rpc::ListGroupsRequest>,
+    ) -> Result<Response<rpc::ListGroupsReply>, Status> {
+        self.enter(&request).await?;
+        let groups = self
+            .read(|state| state.groups.keys().filter_map(|id| view::group(state, *id)).collect());
+        Ok(Response::new(rpc::ListGroupsReply { groups }))
+    }
+
+    async fn run_backup(
+        &self,
+        request: Request<rpc::RunBackupRequest>,
+    ) -> Result<Response<rpc::RunBackupReply>, Status> {
+        let peer = self.enter(&request).await?;
+        let r = request.into_inner();
+        let kind = wire::to_backup_kind(r.kind());
+        let vms: Vec<VmKey> = self.read(|state| match (r.vm.is_empty(), r.group.is_empty()) {
+            (false, true) => names::vm(state, &r.vm).map(|vm| vec![vm]).map_err(named),
+            (true, false) => {
+                names::group(state, &r.group).map(|id| state.members(id)).map_err(named)
+            }
+            _ => Err(Status::invalid_argument("name either a VM or a protection group")),
+        })?;
+        if vms.is_empty() {
+            return Err(status(
+                &error_code::UNKNOWN_VM,
+                format!(
+                    "protection group {:?} holds no VM right now; list the VMs with `outrider vm list`",
+                    r.group
+                ),
+            ));
+        }
+        let why = format!("asked for by {}", peer.name);
+        let mut jobs = Vec::new();
+        let mut refusal = None;
+        for vm in vms {
+            if let Some(error) = self.read(|state| unworkable(state, &vm)) {
+                refusal = Some(error);
+                continue;
+            }
+            let group = self.read(|state| state.group_of(&vm).map(|(id, _)| id));
+            match self.create(backup(vm, group, kind, &why)).await {
+                Ok(job) => jobs.push(job),
+                Err(error) => refusal = Some(error),
+            }
+        }
+        // A group's run goes on with those that can; one VM that cannot is told so.
+        match refusal {
+            Some(error) if jobs.is_empty() => Err(error),
+            _ => Ok(Response::new(rpc::RunBackupReply { jobs })),
+        }
+    }
+
+    async fn list_jobs(
+        &self,
+        request: Request<rpc::ListJobsRequest>,
+    ) -> Result<Response<rpc::ListJobsReply>, Status> {
+        self.enter(&request).await?;
+        let r = request.into_inner();
+        if !r.job_id.is_empty() {
+            let id = parse("ListJobsRequest", "job_id", &r.job_id)?;
+            return Ok(Response::new(rpc::ListJobsReply { jobs: vec![self.job(id)?] }));
+        }
+        let jobs = self.read(|state| {
+            let vm = if r.vm.is_empty() { None } else { Some(names::vm(state, &r.vm)?) };
+            Ok(view::jobs(state, &self.leader, vm.as_ref(), &r.state, r.limit))
+        });
+        Ok(Response::new(rpc::ListJobsReply { jobs: jobs.map_err(named)? }))
+    }
+
+    async fn watch_jobs(
+        &self,
+        request: Request<rpc::WatchJobsRequest>,
+    ) -> Result<Response<Self::WatchJobsStream>, Status> {
+        self.enter(&request).await?;
+        let ids = request
+            .into_inner()
+            .job_ids
+            .iter()
+            .map(|id| parse("WatchJobsRequest", "job_ids", id))
+            .collect::<Result<Vec<JobId>, _>>()?;
+        if let Some(id) = ids.iter().find(|id| self.read(|state| state.jobs.get(**id).is_none())) {
+            return Err(unknown_job(id));
+        }
+        let (sender, receiver) = tokio::sync::mpsc::channel(super::STREAM_QUEUE);
+        let (leader, stop) = (Arc::clone(&self.leader), self.tasks.token());
+        self.tasks.spawn("watch jobs", async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = watch::watch(&leader, ids, sender) => {}
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn cancel_job(
+        &self,
+        request: Request<rpc::CancelJobRequest>,
+    ) -> Result<Response<rpc::Job>, Status> {
+        let peer = self.enter(&request).await?;
+        let job = parse("CancelJobRequest", "job_id", &request.into_inner().job_id)?;
+        self.propose(Change::Cancel { job, by: peer.name }).await?;
+        self.job(job).map(Response::new)
+    }
+
+    async fn list_points(
+        &self,
+        request: Request<rpc::ListPointsRequest>,
+    ) -> Result<Response<rpc::ListPointsReply>, Status> {
+        self.enter(&request).await?;
+        let r = request.into_inner();
+        let points = self.read(|state| {
+            let vm =
+                if r.vm.is_empty() { None } else { Some(names::vm_with_points(state, &r.vm)?) };
+            let mut points: Vec<&Point> = state
+                .points
+                .values()
+                .filter(|p| vm.as_ref().is_none_or(|vm| p.vm == *vm))
+                .collect();
+            points.sort_by_key(|p| (p.taken_ms, p.committed_ms));
+            Ok(points.into_iter().map(view::point).collect())
+        });
+        Ok(Response::new(rpc::ListPointsReply { points: points.map_err(named)? }))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<rpc::RestoreRequest>,
+    ) -> Result<Response<rpc::Job>, Status> {
+        self.enter(&request).await?;
+        let r = request.into_inner();
+        if !r.new_name.is_empty() {
+            names::check_name("VM", &r.new_name).map_err(named)?;
+        }
+        let job = self.read(|state| {
+            let point = names::point(state, &r.point_id, &r.vm).map_err(named)?;
+            let host = match (&r.to_host, state.vms.get(&point.vm)) {
+                (host, _) if !host.is_empty() => host.clone(),
+                (_, Some(vm)) => vm.host.clone().ok_or_else(|| no_host(point))?,
+                (_, None) => return Err(no_host(point)),
+            };
+            if !state.hosts.contains_key(&host) {
+                return Err(named(NameError::UnknownHost(host)));
+            }
+            let restore = Restore {
+                point: point.id,
+                manifest: point.manifest,
+                host,
+                name: if r.new_name.is_empty() { point.vm_name.clone() } else { r.new_name },
+                folder: r.target_folder,
+                keep_guid: r.keep_guid,
+                overwrite: r.overwrite,
+                power_on: r.power_on,
+                highly_available: r.highly_available,
+            };
+            Ok(new_job(point.vm.clone(), None, |_| Work::Restore(Box::new(restore))))
+        })?;
+        self.create(job).await.map(Response::new)
+    }
+
+    async fn read_access(
+        &self,
+        request: Request<rpc::ReadAccessRequest>,
+    ) -> Result<Response<rpc::ReadAccessReply>, Status> {
+        let peer = self.enter(&request).await?;
+        let r = request.into_inner();
+        let point =
+            self.read(|state| names::point(state, &r.point_id, "").cloned()).map_err(named)?;
+        let no_keys =
+            || status(&error_code::NO_LEADER, "the coordinators have no keys yet; try again");
+        let keys = self.leader.keys().ok_or_else(no_keys)?;
+        let now = self.leader.member().clock().unix_millis();
+        let ticket = operator_ticket(self.leader.settings(), keys, point.vm.guid, &peer.name, now);
+        tracing::info!(operator = peer.name, point_id = %point.id, "read access given");
+        Ok(Response::new(rpc::ReadAccessReply {
+            point: Some(view::point(&point)),
+            ticket,
+            keys: Some(keys.default_domain().0.as_ref().into()),
+            layout: wire_layout(&self.leader.layout()),
+        }))
+    }
+}
+
+/// The policy as asked for, with what was left open filled in.
+fn policy(p: rpc::Policy) -> Result<Policy, Status> {
+    let default = Policy::default();
+    let chunk_size = p.chunk_size;
+    if chunk_size != 0 && !(chunk_size.is_power_of_two() && CHUNK_SIZES.contains(&chunk_size)) {
+        return Err(Status::invalid_argument(format!(
+            "chunk size {chunk_size} is not a power of two from 64 KiB to 4 MiB"
+        )));
+    }
+    Ok(Policy {
+        every_ms: p.every_ms,
+        wanted: wire::to_consistency(p.wanted()).unwrap_or(default.wanted),
+        minimum: wire::to_consistency(p.minimum()).unwrap_or(default.minimum),
+        chunk_size,
+        require_all_disks: p.require_all_disks,
+    })
+}
+
+/// Why a VM cannot be backed up whatever happens next; silence of its host is for the job to wait out.
+fn unworkable(state: &State, key: &VmKey) -> Option<Status> {
+    let vm = state.vms.get(key)?;
+    let reason = if !is_followed(key) {
+        "is a replica; back up the primary instead"
+    } else if vm.duplicate {
+        "is a duplicate of a VM in another realm; back that one up, or remove one of the two"
+    } else {
+        return None;
+    };
+    Some(Status::failed_precondition(format!("VM {} ({key}) {reason}", vm.name)))
+}
+
+fn no_host(point: &Point) -> Status {
+    status(
+        &error_code::UNKNOWN_HOST,
+        format!("no host is known for VM {} any more; name one with --to-host", point.vm_name),
+    )
+}
+
+fn unknown_job(id: &JobId) -> Status {
+    status(
+        &error_code::UNKNOWN_JOB,
+        format!("no job {id} is known; list the jobs with `outrider job list`"),
+    )
+}
+
+fn named(error: NameError) -> Status {
+    let code: &ErrorCode = match &error {
+        NameError::UnknownVm(_) => &error_code::UNKNOWN_VM,
+        NameError::Ambiguous { .. } => &error_code::AMBIGUOUS_NAME,
+        NameError::UnknownGroup(_) => &error_code::UNKNOWN_GROUP,
+        NameError::UnknownPoint(_) | NameError::NoPoints(_) => &error_code::UNKNOWN_POINT,
+        NameError::UnknownHost(_) => &error_code::UNKNOWN_HOST,
+        NameError::Bad { .. } => &error_code::BAD_NAME,
+    };
+    status(code, error.to_string())
+}

@@ -1,0 +1,128 @@
+//! Offers: a lease as the agent gets it, with all it needs to work.
+
+use std::time::Duration;
+
+use outrider_proto::ids::{JobId, LeaseEpoch, VmGuid};
+use outrider_proto::layout::Layout;
+use outrider_proto::rpc;
+use outrider_proto::rpc::job_lease::Work as WireWork;
+use outrider_proto::ticket::{Operations, Ticket};
+
+use super::Settings;
+use crate::api::wire;
+use crate::keys::KeyRing;
+use crate::state::State;
+use crate::state::groups::Policy;
+use crate::state::jobs::{Job, Lease, Work};
+
+/// Long jobs outlive many leases; storage fences by lease epoch, and commits are fenced by the state.
+const TICKET_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// Reads of this size run at a disk's full speed.
+const READ_BYTES: u32 = 4 << 20;
+
+/// The layout on the wire; none while there is none.
+pub(crate) fn wire_layout(layout: &Layout) -> Option<rpc::Layout> {
+    (!layout.pgs.is_empty()).then(|| layout.into())
+}
+
+#[expect(clippy::too_many_arguments, reason = "one message is made of all the leader knows")]
+pub(super) fn lease_message(
+    settings: &Settings,
+    keys: &KeyRing,
+    state: &State,
+    job: &Job,
+    lease: &Lease,
+    layout: Option<rpc::Layout>,
+    beat: u64,
+    predecessor_open: bool,
+    now_ms: u64,
+) -> rpc::JobLease {
+    let (domain_keys, domain_chunk) = keys.default_domain();
+    let policy = state.group_of(&job.vm).map(|(_, g)| g.policy.clone()).unwrap_or_default();
+    let operations = match job.work {
+        Work::Backup { .. } => Operations::BACKUP,
+        Work::Restore(_) => Operations::RESTORE,
+        // Cleaning up needs the hypervisor only.
+        Work::Cleanup { .. } => Operations(0),
+    };
+    let ticket = Ticket {
+        operations,
+        fabric: settings.fabric,
+        job: job.id,
+        vm: job.vm.guid,
+        domain: domain_keys.domain,
+        lease_epoch: lease.epoch,
+        not_after_unix_ms: not_after(now_ms),
+        host: lease.host.clone(),
+    };
+    let with_keys = !matches!(job.work, Work::Cleanup { .. });
+    rpc::JobLease {
+        job_id: job.id.to_string(),
+        attempt: job.attempts.last().map_or(0, |a| a.number),
+        lease_epoch: lease.epoch.0,
+        vm: Some((&job.vm).into()),
+        vm_name: state.vms.get(&job.vm).map_or_else(|| job.vm_name.clone(), |vm| vm.name.clone()),
+        placement_epoch: lease.placement.0,
+        incarnation: lease.incarnation.0,
+        ticket: keys.sign(&ticket),
+        keys: with_keys.then(|| domain_keys.as_ref().into()),
+        layout,
+        traceparent: job.traceparent.clone(),
+        chunk_size: if policy.chunk_size == 0 { domain_chunk } else { policy.chunk_size },
+        predecessor_open,
+        beat,
+        duties: state.open_duties(&job.vm).map(wire::duty).collect(),
+        binding: state.bases.get(&job.vm).map(|base| (&base.binding).into()),
+        work: Some(work(&job.work, &policy)),
+    }
+}
+
+fn work(work: &Work, policy: &Policy) -> WireWork {
+    match work {
+        Work::Backup { kind, why, point } => WireWork::Backup(rpc::BackupWork {
+            kind: wire::backup_kind(*kind).into(),
+            why: why.clone(),
+            wanted: wire::consistency(policy.wanted).into(),
+            minimum: wire::consistency(policy.minimum).into(),
+            point_id: point.to_string(),
+            read_bytes: READ_BYTES,
+            require_all_disks: policy.require_all_disks,
+        }),
+        Work::Restore(r) => WireWork::Restore(rpc::RestoreWork {
+            point_id: r.point.to_string(),
+            manifest_id: r.manifest.to_string(),
+            target_name: r.name.clone(),
+            target_folder: r.folder.clone(),
+            keep_guid: r.keep_guid,
+            overwrite: r.overwrite,
+            power_on: r.power_on,
+            highly_available: r.highly_available,
+        }),
+        Work::Cleanup { why } => WireWork::Cleanup(rpc::CleanupWork { why: why.clone() }),
+    }
+}
+
+/// A ticket with which an operator's own machine may read a point.
+pub(crate) fn operator_ticket(
+    settings: &Settings,
+    keys: &KeyRing,
+    vm: VmGuid,
+    operator: &str,
+    now_ms: u64,
+) -> Vec<u8> {
+    let (domain, _) = keys.default_domain();
+    keys.sign(&Ticket {
+        operations: Operations::RESTORE,
+        fabric: settings.fabric,
+        job: JobId::random(),
+        vm,
+        domain: domain.domain,
+        lease_epoch: LeaseEpoch(0),
+        not_after_unix_ms: not_after(now_ms),
+        host: operator.to_owned(),
+    })
+}
+
+fn not_after(now_ms: u64) -> u64 {
+    now_ms.saturating_add(u64::try_from(TICKET_LIFE.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,225 @@
+//! Schedule: what to start now. A pure function of the state, of who is attached, and of the time.
+
+use std::collections::BTreeMap;
+
+use outrider_proto::ids::{GroupId, JobId, PlacementEpoch, VmKey};
+
+use crate::state::State;
+use crate::state::jobs::{Job, Stage, Work};
+use crate::state::vms::Vm;
+
+/// Bounds of the fabric's work.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Jobs that one host works on at a time.
+    pub(crate) per_host: usize,
+    /// Jobs that the fabric works on at a time.
+    pub(crate) fabric: usize,
+    /// Attempts that may fail before the job does.
+    pub(crate) runs: u32,
+    /// First wait before another try, doubled with each, milliseconds.
+    pub(crate) back_off_ms: u64,
+    /// Longest wait.
+    pub(crate) back_off_max_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { per_host: 4, fabric: 64, runs: 3, back_off_ms: 5_000, back_off_max_ms: 300_000 }
+    }
+}
+
+/// What only the leader knows.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Live {
+    /// Attached agents and their starts.
+    pub(crate) attached: BTreeMap<String, u64>,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Decision {
+    /// A group's time has come. Runs missed meanwhile are this one run.
+    RunGroup { group: GroupId, vms: Vec<VmKey>, skipped: u64, next_run_ms: u64 },
+    /// Somebody must fulfil the VM's duties.
+    Cleanup { vm: VmKey },
+    /// Give the job to the host.
+    Lease { job: JobId, host: String, boot_id: u64, placement: PlacementEpoch },
+}
+
+/// Why a job waits.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Waits {
+    #[error("waits until {0} ms for another try")]
+    BackOff(u64),
+    #[error("too few storage nodes have joined: start more of them")]
+    NoLayout,
+    #[error("no host is known to have the VM: start the agent on its host")]
+    NoHost,
+    #[error(
+        "the agent on {0} has not been heard from: start it, and check the network between it and the coordinators"
+    )]
+    HostSilent(String),
+    #[error("the cluster calls host {0} down")]
+    HostDown(String),
+    #[error("host {0} works on as many jobs as it may")]
+    HostBusy(String),
+    #[error("the fabric works on as many jobs as it may")]
+    FabricBusy,
+}
+
+/// All decisions that are due.
+pub(crate) fn decide(state: &State, live: &Live, limits: &Limits, now_ms: u64) -> Vec<Decision> {
+    let mut decisions = due_groups(state, now_ms);
+    decisions.extend(due_cleanups(state, limits, now_ms));
+    decisions.extend(leases(state, live, limits, now_ms));
+    decisions
+}
+
+fn due_groups(state: &State, now_ms: u64) -> Vec<Decision> {
+    let due = state.groups.iter().filter_map(|(id, group)| {
+        let at = group.next_run_ms.filter(|at| *at <= now_ms)?;
+        Some((*id, at, group.policy.every_ms.max(1)))
+    });
+    due.map(|(group, at, every)| {
+        let (vms, others): (Vec<_>, Vec<_>) = state
+            .members(group)
+            .into_iter()
+            .filter(|vm| state.vms.get(vm).is_some_and(Vm::is_workable))
+            .partition(|vm| !runs(state, vm));
+        let missed = (now_ms - at) / every;
+        let next_run_ms = at.saturating_add(every.saturating_mul(missed + 1));
+        Decision::RunGroup { group, vms, skipped: others.len() as u64, next_run_ms }
+    })
+    .collect()
+}
+
+/// A cleanup that waits makes room; everything else that is unfinished is the predecessor.
+fn runs(state: &State, vm: &VmKey) -> bool {
+    state.jobs.active(vm).is_some_and(|job| {
+        !matches!((&job.work, &job.stage), (Work::Cleanup { .. }, Stage::Pending { .. }))
+    })
+}
+
+fn due_cleanups(state: &State, limits: &Limits, now_ms: u64) -> Vec<Decision> {
+    let mut vms: Vec<&VmKey> = state.duties.values().map(|duty| &duty.vm).collect();
+    vms.sort();
+    vms.dedup();
+    vms.into_iter()
+        .filter(|vm| state.jobs.active(vm).is_none())
+        .filter(|vm| state.vms.get(vm).is_some_and(Vm::is_workable))
+        .filter(|vm| {
+            state.cleanups.get(vm).is_none_or(|tries| {
+                tries.failed == 0 || tries.last_ms + back_off(limits, tries.failed) <= now_ms
+            })
+        })
+        .map(|vm| Decision::Cleanup { vm: vm.clone() })
+        .collect()
+}
+
+fn leases(state: &State, live: &Live, limits: &Limits, now_ms: u64) -> Vec<Decision> {
+    let mut load = Load::of(state);
+    let mut pending: Vec<&Job> =
+        state.jobs.unfinished().filter(|job| job.lease().is_none()).collect();
+    // Jobs that have begun hold a checkpoint that grows; after them the oldest first.
+    pending.sort_by_key(|job| (job.attempts.is_empty(), job.created_ms, job.id));
+    let mut decisions = Vec::new();
+    for job in pending {
+        if let Ok((host, boot_id, placement)) = ready(state, live, limits, &load, job, now_ms) {
+            load.add(&host);
+            decisions.push(Decision::Lease { job: job.id, host, boot_id, placement });
+        }
+    }
+    decisions
+}
+
+/// Why a pending job waits; none if it is about to be leased.
+pub(crate) fn waits(
+    state: &State,
+    live: &Live,
+    limits: &Limits,
+    job: &Job,
+    now_ms: u64,
+) -> Option<Waits> {
+    ready(state, live, limits, &Load::of(state), job, now_ms).err()
+}
+
+fn ready(
+    state: &State,
+    live: &Live,
+    limits: &Limits,
+    load: &Load,
+    job: &Job,
+    now_ms: u64,
+) -> Result<(String, u64, PlacementEpoch), Waits> {
+    if let Stage::Pending { not_before_ms } = job.stage
+        && not_before_ms > now_ms
+    {
+        return Err(Waits::BackOff(not_before_ms));
+    }
+    let vm = state.vms.get(&job.vm);
+    let host = match &job.work {
+        Work::Restore(restore) => restore.host.clone(),
+        Work::Backup { .. } | Work::Cleanup { .. } => {
+            vm.filter(|vm| vm.is_workable()).and_then(|vm| vm.host.clone()).ok_or(Waits::NoHost)?
+        }
+    };
+    if !matches!(job.work, Work::Cleanup { .. }) && state.storage.layout.pgs.is_empty() {
+        return Err(Waits::NoLayout);
+    }
+    if state.hosts.get(&host).is_some_and(|h| !h.up) {
+        return Err(Waits::HostDown(host));
+    }
+    let Some(boot_id) = live.attached.get(&host).copied() else {
+        return Err(Waits::HostSilent(host));
+    };
+    if load.fabric >= limits.fabric {
+        return Err(Waits::FabricBusy);
+    }
+    if load.on(&host) >= limits.per_host {
+        return Err(Waits::HostBusy(host));
+    }
+    Ok((host, boot_id, vm.map_or(PlacementEpoch(0), |vm| vm.placement)))
+}
+
+/// When a failed attempt may be tried again; none: the failure is final.
+pub(crate) fn retry_at(job: &Job, wanted: bool, limits: &Limits, now_ms: u64) -> Option<u64> {
+    let again = wanted
+        && !matches!(job.work, Work::Cleanup { .. })
+        && job.failures.saturating_add(1) < limits.runs;
+    again.then(|| now_ms.saturating_add(back_off(limits, job.failures.saturating_add(1))))
+}
+
+/// The wait after `failed` failures in a row.
+fn back_off(limits: &Limits, failed: u32) -> u64 {
+    let doublings = failed.saturating_sub(1).min(32);
+    limits.back_off_ms.saturating_mul(1 << doublings).min(limits.back_off_max_ms)
+}
+
+/// Jobs at work.
+struct Load {
+    fabric: usize,
+    hosts: BTreeMap<String, usize>,
+}
+
+impl Load {
+    fn of(state: &State) -> Self {
+        let mut load = Self { fabric: 0, hosts: BTreeMap::new() };
+        for lease in state.jobs.unfinished().filter_map(Job::lease) {
+            load.add(&lease.host);
+        }
+        load
+    }
+
+    fn add(&mut self, host: &str) {
+        self.fabric += 1;
+        *self.hosts.entry(host.to_owned()).or_default() += 1;
+    }
+
+    fn on(&self, host: &str) -> usize {
+        self.hosts.get(host).copied().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,176 @@
+//! Commands: the only ways to change the state, and their answers. They are the Raft log, so they live on disk: fields
+//! are added with `#[serde(default)]`, never renamed or retyped.
+
+use outrider_proto::error_code::{self, ErrorCode};
+use outrider_proto::ids::{
+    DutyId, GroupId, JobId, LeaseEpoch, PlacementEpoch, PointId, VmIncarnation, VmKey,
+};
+use outrider_proto::layout::StorageNode;
+use outrider_proto::model::Binding;
+use serde::{Deserialize, Serialize};
+
+use super::domains::Keys;
+use super::duties::{DutyStep, NewDuty};
+use super::groups::NewGroup;
+use super::hosts::Attached;
+use super::jobs::{NewJob, Report};
+use super::layout::NewLayout;
+use super::points::Proposal;
+use super::vms::Sighting;
+
+/// A change and the leader's time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Command {
+    /// Wall clock of the leader that proposed it, Unix milliseconds.
+    pub(crate) at_ms: u64,
+    /// What to change.
+    pub(crate) change: Change,
+}
+
+/// What may be changed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Change {
+    /// Several, each applied or refused alone.
+    Many(Vec<Change>),
+    /// First keys of the fabric; later ones are ignored.
+    CreateKeys(Box<Keys>),
+    /// An agent said hello.
+    HostAttached(Attached),
+    /// The cluster calls a host up.
+    HostUp { host: String },
+    /// The cluster calls a host down: what ran there is unproven.
+    HostDown { host: String },
+    /// Facts of a VM.
+    VmSeen(Box<Sighting>),
+    /// Follow decided: the VM runs on this host.
+    VmPlaced { vm: VmKey, host: String },
+    /// Follow decided: this is (no longer) a duplicate.
+    VmDuplicate { vm: VmKey, duplicate: bool },
+    /// No host has it any more.
+    VmGone { vm: VmKey },
+    /// Its host crashed although it has moved by now.
+    TrackingUnproven { vm: VmKey },
+    /// New protection group.
+    CreateGroup(Box<NewGroup>),
+    /// A scheduled run of a group.
+    RunGroup { group: GroupId, jobs: Vec<NewJob>, skipped: u64, next_run_ms: u64 },
+    /// One job.
+    CreateJob(Box<NewJob>),
+    /// Gives a pending job to a host.
+    Lease { job: JobId, host: String, boot_id: u64, placement: PlacementEpoch },
+    /// The holder is silent, or restarted.
+    LeaseLost { job: JobId, epoch: LeaseEpoch, why: String },
+    /// The holder of an ended lease has nothing open any more.
+    SourcesClosed { job: JobId, epoch: LeaseEpoch },
+    /// An operator cancels.
+    Cancel { job: JobId, by: String },
+    /// The holder ends its attempt; without `retry_at_ms` a failure is final.
+    Finish { job: JobId, epoch: LeaseEpoch, report: Box<Report>, retry_at_ms: Option<u64> },
+    /// Before a checkpoint is created.
+    RecordDuty(Box<NewDuty>),
+    /// What became of it.
+    UpdateDuty { job: JobId, epoch: LeaseEpoch, duty: DutyId, step: DutyStep },
+    /// A recovery point whose receipts were verified.
+    Commit(Box<Proposal>),
+    /// Base rule.
+    Bind { job: JobId, epoch: LeaseEpoch, binding: Box<Binding> },
+    /// Disks are about to change behind change tracking.
+    RaiseIncarnation { job: JobId, epoch: LeaseEpoch, vm: VmKey, why: String },
+    /// A storage node registered or restarted.
+    StorageSeen(Box<StorageNode>),
+    /// The layout.
+    SetLayout(Box<NewLayout>),
+}
+
+/// The answer of [`super::State::apply`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    /// Nothing to tell (also for Raft's own entries).
+    Done,
+    /// Refused, nothing was changed.
+    Refused(Refusal),
+    /// Jobs were created.
+    Jobs(Vec<JobId>),
+    /// The job is leased.
+    Leased(LeaseEpoch),
+    /// The group exists.
+    Group(GroupId),
+    /// The point is committed, now or earlier by the same job.
+    Committed(PointId),
+    /// The caller's lease or placement is not current.
+    Superseded(String),
+    /// Receipts name a layout or an incarnation that is no longer current.
+    ReceiptsVoid,
+    /// The duty stands.
+    Duty(DutyId),
+    /// The binding stands.
+    Bound,
+    /// The VM's incarnation.
+    Incarnation(VmIncarnation),
+}
+
+/// Why a change was refused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("no VM {0} is known; list the VMs with `outrider vm list`")]
+    UnknownVm(VmKey),
+    #[error("no job {0} is known; list the jobs with `outrider job list`")]
+    UnknownJob(JobId),
+    #[error("no protection group {0} is known; list the groups with `outrider group list`")]
+    UnknownGroup(GroupId),
+    #[error("no recovery point {0} is known; list the points with `outrider point list`")]
+    UnknownPoint(PointId),
+    #[error("no host {0:?} is known; list the hosts with `outrider host list`")]
+    UnknownHost(String),
+    #[error("no duty {0} is known for this VM")]
+    UnknownDuty(DutyId),
+    #[error("a protection group named {0:?} exists already; choose another name")]
+    NameTaken(String),
+    #[error("VM {vm} is in the protection group {group:?} already; a VM has one policy only")]
+    VmTaken { vm: VmKey, group: String },
+    #[error("job {job} works on VM {vm}; wait for it, or cancel it with `outrider job cancel`")]
+    Busy { vm: VmKey, job: JobId },
+    #[error("job {0} has ended already")]
+    Ended(JobId),
+    #[error("job {job} is no {expected} job")]
+    WrongKind { job: JobId, expected: String },
+    #[error("job {job} was to make the recovery point {expected}, not {found}")]
+    WrongPoint { job: JobId, expected: PointId, found: PointId },
+    #[error("{0}")]
+    NotBindable(String),
+    #[error("job {0} is not pending, or its VM has moved")]
+    NotLeasable(JobId),
+    #[error("storage node {node} restarted as {current}; {found} is older")]
+    StaleStorageNode { node: String, current: u64, found: u64 },
+    #[error("layout epoch {found} does not follow {current}")]
+    StaleLayout { current: u64, found: u64 },
+}
+
+impl Refusal {
+    /// The stable code.
+    pub(crate) fn code(&self) -> &'static ErrorCode {
+        match self {
+            Self::UnknownVm(_) => &error_code::UNKNOWN_VM,
+            Self::UnknownJob(_) | Self::Ended(_) => &error_code::UNKNOWN_JOB,
+            Self::UnknownGroup(_) => &error_code::UNKNOWN_GROUP,
+            Self::UnknownPoint(_) => &error_code::UNKNOWN_POINT,
+            Self::UnknownHost(_) => &error_code::UNKNOWN_HOST,
+            Self::NameTaken(_) => &error_code::AMBIGUOUS_NAME,
+            Self::VmTaken { .. } => &error_code::VM_TAKEN,
+            Self::Busy { .. } => &error_code::BUSY,
+            Self::UnknownDuty(_)
+            | Self::WrongKind { .. }
+            | Self::WrongPoint { .. }
+            | Self::NotBindable(_)
+            | Self::NotLeasable(_)
+            | Self::StaleStorageNode { .. }
+            | Self::StaleLayout { .. } => &error_code::DENIED,
+        }
+    }
+}
+
+impl From<Refusal> for Outcome {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
