@@ -22,6 +22,19 @@ pub enum JournalEntry {
     Start(JournalStart),
     /// Leaf pages that were put, as (disk index, leaf index, page id).
     Leaves(Vec<(u32, u64, ChunkId)>),
+    /// About to be committed with this manifest: lets a later attempt bind the point without reading the checkpoint.
+    Committing {
+        /// Manifest.
+        manifest: ChunkId,
+    },
+    /// The checkpoint is about to be converted; these reference points existed before. One that is there afterwards
+    /// and was not recorded as ours is of unknown origin: it may be removed, and is never bound.
+    Converting {
+        /// The hypervisor's ids.
+        reference_points: Vec<String>,
+        /// The one that was bound; empty: none. To be removed once the new one is bound.
+        bound: String,
+    },
 }
 
 /// What the first entry holds.

@@ -1,0 +1,162 @@
+//! The agent's process: hypervisor and identity up, a stream to the leader, one task per job.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `link` | the stream: what goes up, what comes down, finding the leader again |
+//! | `watcher` | what the hypervisor shows, full and as differences |
+//! | `jobs` | the leases that this host holds, and their tasks |
+//! | `wire` | our facts as messages |
+
+mod jobs;
+mod link;
+mod watcher;
+mod wire;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use outrider_process::clock::{Clock, SystemClock};
+use outrider_process::identity::{Identity, Role};
+use outrider_process::leader::LeaderClient;
+use outrider_process::metrics::Metrics;
+use outrider_process::observability::{self, Readiness};
+use outrider_process::tasks::TaskGroup;
+use outrider_proto::ids::FabricId;
+use outrider_proto::layout::Layout;
+use outrider_storage_client::{ClientRole, Limits as StoreLimits, StoreClient};
+use outrider_wmi::lab::{LabFiles, LabWmi};
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, HypervisorKind};
+use crate::coordinator_client::GrpcCoordinator;
+use crate::error::{Bound, NodeError};
+use crate::hypervisor::Hypervisor;
+use crate::hypervisor::hyperv::HyperV;
+use crate::metrics::NodeMetrics;
+use crate::pipeline::Pool;
+
+/// How long running jobs may take to close their files when the process is asked to end.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// What every part of the agent shares.
+pub(crate) struct Agent {
+    pub(crate) config: Config,
+    pub(crate) fabric: FabricId,
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    pub(crate) coordinator: Arc<GrpcCoordinator>,
+    pub(crate) leader: Arc<LeaderClient>,
+    pub(crate) storage: StoreClient,
+    pub(crate) layout: watch::Sender<Layout>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) pool: Pool,
+    pub(crate) metrics: NodeMetrics,
+    pub(crate) boot_id: u64,
+}
+
+/// Runs a node agent until `token` is cancelled. `ready` hears where it can be reached once it works.
+///
+/// # Errors
+/// [`NodeError`]: nothing that waiting would cure.
+pub async fn run(
+    config: Config,
+    ready: oneshot::Sender<Bound>,
+    token: CancellationToken,
+) -> Result<(), NodeError> {
+    let identity = Arc::new(Identity::load(&config.identity_dir)?);
+    let peer = identity.peer();
+    if peer.role != Role::Node || peer.name != config.name {
+        return Err(NodeError::WrongIdentity {
+            dir: config.identity_dir.display().to_string(),
+            found: peer.to_string(),
+            expected: config.name.clone(),
+        });
+    }
+    let fabric: FabricId = config.fabric.parse().map_err(|_| NodeError::Config {
+        key: "fabric",
+        value: config.fabric.clone(),
+        reason: "expected the fabric's UUID, as `outrider fabric init` printed it".into(),
+    })?;
+    if config.coordinators.is_empty() {
+        return Err(NodeError::Config {
+            key: "coordinators",
+            value: "[]".into(),
+            reason: "expected at least one \"ip:port\"".into(),
+        });
+    }
+    let tasks = TaskGroup::new("node");
+    let mut registry = Metrics::new("node", &config.name);
+    let metrics = NodeMetrics::register(&mut registry);
+    let (readiness, ready_now) = watch::channel(Readiness::starting());
+    let mut bound = Bound::default();
+    if let Some(address) = config.observability {
+        bound.observability =
+            Some(observability::serve(address, Arc::new(registry), ready_now, &tasks).await?);
+    }
+    let hypervisor = tokio::select! {
+        connected = connect(&config) => connected?,
+        () = token.cancelled() => return Ok(()),
+    };
+    let (layout, layout_seen) = watch::channel(Layout::default());
+    let store_limits =
+        StoreLimits { in_flight: config.limits.in_flight.as_usize(), ..StoreLimits::default() };
+    let storage = StoreClient::new(&identity, fabric, layout_seen, ClientRole::Agent, store_limits)
+        .map_err(|e| NodeError::Storage(e.to_string()))?;
+    let leader = Arc::new(LeaderClient::new(config.coordinators.clone(), identity));
+    let agent = Arc::new(Agent {
+        fabric,
+        hypervisor,
+        coordinator: Arc::new(GrpcCoordinator::new(leader.clone(), config.jobs.coordinator_wait)),
+        leader,
+        storage,
+        layout,
+        clock: Arc::new(SystemClock::new()),
+        pool: Pool::new(config.limits.worker_count(), config.limits.in_flight.as_usize()),
+        metrics,
+        boot_id: rand::random(),
+        config,
+    });
+    // Nobody waits for the address when the caller has gone on without it.
+    let _ = ready.send(bound);
+    let served = tokio::select! {
+        () = link::serve(&agent, &tasks, &readiness) => Ok(()),
+        () = token.cancelled() => Ok(()),
+    };
+    readiness.send_replace(Readiness::NotReady("ending".into()));
+    let report = tasks.shutdown(GRACE).await;
+    if !report.is_clean() {
+        tracing::warn!(%report, "the agent ends while tasks were still at work");
+    }
+    served
+}
+
+/// Connects to the hypervisor. The lab may start later than its agents: it is asked again.
+async fn connect(config: &Config) -> Result<Arc<dyn Hypervisor>, NodeError> {
+    match config.hypervisor {
+        HypervisorKind::Hyperv => Err(NodeError::NoHyperV),
+        HypervisorKind::Lab => {
+            let lab = config.lab.as_ref().ok_or_else(|| NodeError::Config {
+                key: "[lab] address",
+                value: String::new(),
+                reason: "it is needed with hypervisor = \"lab\"".into(),
+            })?;
+            let mut backoff = outrider_process::backoff::Backoff::new(
+                Duration::from_millis(50),
+                Duration::from_secs(2),
+                outrider_process::backoff::Backoff::any_seed(),
+            );
+            let wmi = loop {
+                match LabWmi::connect(&lab.address, &config.name).await {
+                    Ok(wmi) => break wmi,
+                    Err(e) if e.is_transient() => {
+                        tracing::warn!(error = %e, "waiting for the hypervisor");
+                        tokio::time::sleep(backoff.next_wait()).await;
+                    }
+                    Err(e) => return Err(NodeError::Hypervisor(e)),
+                }
+            };
+            let files = Arc::new(LabFiles::new(&lab.address, config.name.clone()));
+            Ok(Arc::new(HyperV::new(Arc::new(wmi), files, config.jobs.clone())))
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! What a backup or restore asks of a hypervisor. [`hyperv`] answers it over WMI.
+//!
+//! Every method that changes something takes the job's [`Lease`] and asks it right before each call to the hypervisor,
+//! retries included: a stale agent that wakes up in the middle of a back-off changes nothing.
+
+pub mod error;
+pub mod hyperv;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use outrider_disk::RangeSet;
+use outrider_proto::ids::{CheckpointId, DiskId, VmGuid};
+use outrider_wmi::files::HostFiles;
+use tokio::sync::mpsc;
+
+pub use error::{HypervisorError, Retry};
+
+use crate::lease::Lease;
+
+/// What a VM is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Power {
+    /// Runs.
+    Running,
+    /// Off.
+    Off,
+    /// Saved to disk.
+    Saved,
+    /// Paused in memory.
+    Paused,
+    /// Between states, or unknown.
+    Other,
+}
+
+impl Power {
+    /// The word of `VmFacts.state`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Off => "off",
+            Self::Saved => "saved",
+            Self::Paused => "paused",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// What Hyper-V Replica makes of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReplicaRole {
+    /// Not a replica (or the sending side).
+    #[default]
+    None,
+    /// Receives.
+    Replica,
+    /// A test failover of a replica.
+    TestReplica,
+}
+
+/// A VM as this host's hypervisor shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmSeen {
+    /// GUID.
+    pub guid: VmGuid,
+    /// Display name.
+    pub name: String,
+    /// Power.
+    pub power: Power,
+    /// Replica role.
+    pub replica: ReplicaRole,
+    /// False for planned VMs.
+    pub realized: bool,
+    /// Whether the cluster database has a group for it.
+    pub clustered: bool,
+    /// Owner host that the cluster database names.
+    pub cluster_owner: Option<String>,
+    /// 1 or 2.
+    pub generation: u32,
+    /// Configuration version, e.g. "10.0".
+    pub version: String,
+    /// Its disks, as far as their facts could be read.
+    pub disks: Vec<DiskSeen>,
+}
+
+/// A disk of a VM's active settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSeen {
+    /// VirtualDiskId, where the hypervisor told it.
+    pub disk_id: Option<DiskId>,
+    /// Size, bytes; 0 when not told.
+    pub size: u64,
+    /// Stable tail of the settings' InstanceID.
+    pub slot: String,
+    /// File; for a pass-through disk the device's path.
+    pub path: String,
+    /// Why it cannot be part of a checkpoint; `None` when it can.
+    pub uncapturable: Option<&'static str>,
+}
+
+/// All that this host and its cluster know.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Inventory {
+    /// VMs of this host.
+    pub vms: Vec<VmSeen>,
+    /// Cluster members that are up.
+    pub nodes_up: Vec<String>,
+    /// Cluster members that are down.
+    pub nodes_down: Vec<String>,
+}
+
+/// A difference, as events arrive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A VM appeared or changed.
+    Seen(Box<VmSeen>),
+    /// A VM is not on this host any more.
+    Gone(VmGuid),
+    /// The cluster database names another owner.
+    Owner(VmGuid, String),
+    /// A cluster member went up or down.
+    Host {
+        /// Its name.
+        host: String,
+        /// Up?
+        up: bool,
+    },
+    /// Events were lost: take a full inventory.
+    Lost,
+}
+
+/// What speaks for and against a checkpoint now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmState {
+    /// The VM.
+    pub vm: VmSeen,
+    /// First operational status: 2 fine, 11 busy.
+    pub health: u64,
+    /// Second operational status (what is going on).
+    pub operation: u64,
+    /// Whether guest-consistent checkpoints can work (VSS or freeze component answers).
+    pub guest_quiesce: bool,
+    /// Replication state and health of a relationship, when there is one.
+    pub replication: Option<(u64, u64)>,
+    /// Free bytes of the volumes of its disks: (folder, free).
+    pub volumes: Vec<(PathBuf, u64)>,
+}
+
+impl VmState {
+    /// Whether the hypervisor is busy with a request for this VM.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.health == 11
+    }
+
+    /// Whether it is being moved right now.
+    #[must_use]
+    pub fn is_migrating(&self) -> bool {
+        self.operation == 32774
+    }
+
+    /// Whether a checkpoint is being merged.
+    #[must_use]
+    pub fn is_merging(&self) -> bool {
+        self.operation == 32772
+    }
+}
+
+/// How a checkpoint is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CheckpointRequest {
+    /// Let the guest write its state out (VSS, file system freeze).
+    pub quiesce: bool,
+    /// Let writers in the guest truncate their logs: breaks other backups' chains, so only when asked for.
+    pub truncate_logs: bool,
+}
+
+/// A recovery checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// GUID.
+    pub id: CheckpointId,
+    /// ElementName.
+    pub name: String,
+    /// The hypervisor's handle to it.
+    pub path: String,
+}
+
+/// A frozen disk of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FrozenDisk {
+    /// Stable tail of the settings' InstanceID.
+    pub slot: String,
+    /// Leaf file of the frozen chain.
+    pub path: PathBuf,
+}
+
+/// A reference point.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReferencePoint {
+    /// The hypervisor's id.
+    pub id: String,
+    /// The hypervisor's handle to it.
+    pub path: String,
+    /// Change tracking id by slot; a disk that is missing here has none.
+    pub tracking: Vec<(String, String)>,
+}
+
+impl ReferencePoint {
+    /// The change tracking id of a slot.
+    #[must_use]
+    pub fn tracking_of(&self, slot: &str) -> Option<&str> {
+        self.tracking.iter().find(|(s, _)| s.eq_ignore_ascii_case(slot)).map(|(_, id)| id.as_str())
+    }
+}
+
+/// A VM that is to be made from restored files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewVm {
+    /// Definition file (.vmcx).
+    pub definition: PathBuf,
+    /// Folder that everything of the VM lies in.
+    pub folder: PathBuf,
+    /// Display name.
+    pub name: String,
+    /// Keep the GUID of the definition.
+    pub keep_guid: bool,
+    /// Disk files by slot.
+    pub disks: Vec<(String, PathBuf)>,
+    /// Make it highly available.
+    pub clustered: bool,
+}
+
+/// A hypervisor of this host.
+#[async_trait]
+pub trait Hypervisor: Send + Sync + 'static {
+    /// Its name on the wire ("hyperv").
+    fn kind(&self) -> &'static str;
+
+    /// How source files of this host are opened.
+    fn files(&self) -> Arc<dyn HostFiles>;
+
+    /// Everything.
+    async fn inventory(&self) -> Result<Inventory, HypervisorError>;
+
+    /// Differences from now on; the channel is bounded and closes when the hypervisor is out of reach.
+    async fn watch(&self) -> Result<mpsc::Receiver<Change>, HypervisorError>;
+
+    /// One VM's state.
+    async fn vm(&self, vm: VmGuid) -> Result<VmState, HypervisorError>;
+
+    /// Its recovery checkpoints, whoever made them.
+    async fn checkpoints(&self, vm: VmGuid) -> Result<Vec<Checkpoint>, HypervisorError>;
+
+    /// Makes a recovery checkpoint and names it `name`.
+    async fn create_checkpoint(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        name: &str,
+        request: CheckpointRequest,
+    ) -> Result<Checkpoint, HypervisorError>;
+
+    /// The frozen disks of a checkpoint, in slot order.
+    async fn checkpoint_disks(&self, checkpoint: &Checkpoint) -> Result<Vec<FrozenDisk>, HypervisorError>;
+
+    /// The configuration files of a checkpoint.
+    async fn checkpoint_config(&self, checkpoint: &Checkpoint) -> Result<Vec<PathBuf>, HypervisorError>;
+
+    /// What changed on a disk since the point in time that the tracking id stands for.
+    ///
+    /// # Errors
+    /// [`HypervisorError::TrackingLost`]: read the disk in full, never guess.
+    async fn changes(
+        &self,
+        disk: &Path,
+        size: u64,
+        tracking_id: &str,
+    ) -> Result<RangeSet, HypervisorError>;
+
+    /// The VM's reference points, whoever made them.
+    async fn reference_points(&self, vm: VmGuid) -> Result<Vec<ReferencePoint>, HypervisorError>;
+
+    /// Turns a checkpoint into a reference point; the checkpoint is gone afterwards.
+    async fn convert(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        checkpoint: &Checkpoint,
+    ) -> Result<ReferencePoint, HypervisorError>;
+
+    /// Removes a checkpoint; one that is gone already is no error.
+    async fn destroy_checkpoint(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        checkpoint: &Checkpoint,
+    ) -> Result<(), HypervisorError>;
+
+    /// Removes a reference point; one that is gone already is no error.
+    async fn destroy_reference_point(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        point: &ReferencePoint,
+    ) -> Result<(), HypervisorError>;
+
+    /// Folders that VMs may be restored to, with the free bytes of each.
+    async fn storage_roots(&self) -> Result<Vec<(PathBuf, u64)>, HypervisorError>;
+
+    /// Defines a VM from restored files: planned VM, paths fixed, validated, realized, clustered. Whatever fails, no
+    /// planned VM stays behind.
+    async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<VmGuid, HypervisorError>;
+
+    /// Starts a VM.
+    async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError>;
+
+    /// Turns a VM off at once (its disks are about to be replaced).
+    async fn stop_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError>;
+
+    /// Removes a VM's definition; its disks stay.
+    async fn remove_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError>;
+}

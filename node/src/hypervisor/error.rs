@@ -1,0 +1,144 @@
+//! What a hypervisor can answer instead of doing it, and whether asking again makes sense.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use outrider_proto::ids::VmGuid;
+use outrider_wmi::WmiError;
+
+use crate::lease::LeaseLost;
+
+/// Whether the same request may succeed later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// Busy: wait and ask again.
+    Later,
+    /// The outcome is unknown: look at what is there first.
+    Inspect,
+    /// Somebody has to act, or something else has to be tried.
+    No,
+}
+
+/// A refusal or failure of the hypervisor.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum HypervisorError {
+    /// The provider gave no answer.
+    #[error("could not {doing}: {source}")]
+    Provider {
+        /// What was wanted.
+        doing: String,
+        /// The transport's answer.
+        source: WmiError,
+    },
+    /// A method refused, or its job failed.
+    #[error("the hypervisor refused to {doing}: {reason} (code {code}); {remedy}")]
+    Refused {
+        /// What was wanted.
+        doing: String,
+        /// Return value or error code.
+        code: u32,
+        /// The hypervisor's own words, or what the code means.
+        reason: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A job vanished before it was seen to finish.
+    #[error("the hypervisor lost track of its own job to {doing}; its outcome is unknown")]
+    OutcomeUnknown {
+        /// What was wanted.
+        doing: String,
+    },
+    /// A job took too long.
+    #[error("the hypervisor did not finish to {doing} within {waited:?}; look at the VM on its host")]
+    TooLong {
+        /// What was wanted.
+        doing: String,
+        /// Bound.
+        waited: Duration,
+    },
+    /// The VM is not on this host.
+    #[error("VM {vm} is not on this host (any more)")]
+    NoSuchVm {
+        /// VM.
+        vm: VmGuid,
+    },
+    /// The checkpoint is not there.
+    #[error("the checkpoint {checkpoint} is gone")]
+    CheckpointGone {
+        /// Its name or handle.
+        checkpoint: String,
+    },
+    /// Change tracking of a disk cannot be used.
+    #[error("change tracking of {} cannot be used: {reason}", disk.display())]
+    TrackingLost {
+        /// Disk.
+        disk: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The provider's answer lacks what it must have.
+    #[error("the hypervisor's answer to {doing} makes no sense: {detail}")]
+    Odd {
+        /// What was wanted.
+        doing: String,
+        /// What is missing.
+        detail: String,
+    },
+    /// The call was not made, because the lease does not allow it.
+    #[error(transparent)]
+    Lease(#[from] LeaseLost),
+}
+
+impl HypervisorError {
+    /// Whether and how to go on (facts, section 1.11).
+    #[must_use]
+    pub fn retry(&self) -> Retry {
+        match self {
+            Self::Provider { source, .. } if source.is_transient() => Retry::Inspect,
+            Self::OutcomeUnknown { .. } => Retry::Inspect,
+            Self::Refused { code, .. } => match code {
+                // In use, wrong state, not available, out of memory; 5 is the CIM code of "invalid state".
+                32774 | 32775 | 32777 | 32778 | 5 | 0x8007_0020 => Retry::Later,
+                // Timeout: the service restarts.
+                32772 | 3 => Retry::Inspect,
+                _ => Retry::No,
+            },
+            _ => Retry::No,
+        }
+    }
+
+    /// Whether the guest (not the host) failed to bring its data to rest: another way of taking the checkpoint may work.
+    #[must_use]
+    pub fn is_guest_failure(&self) -> bool {
+        matches!(self, Self::Refused { code: 32768 | 2, .. })
+    }
+}
+
+/// What a code of a Hyper-V method or job means, and what to do about it.
+#[must_use]
+pub fn meaning(code: u32) -> (&'static str, &'static str) {
+    match code {
+        1 | 32770 => ("not supported", "check that host and VM support it"),
+        2 | 32768 => ("it failed", "look at the host's Hyper-V-VMMS event log"),
+        3 | 32772 => ("it timed out", "check that the Virtual Machine Management service runs"),
+        4 | 32773 => ("a parameter is wrong", "report this with the agent's log"),
+        5 | 32775 => {
+            ("the VM is in a state that does not allow it", "wait until migrations, merges and replication are done")
+        }
+        32769 | 0x8007_0005 => {
+            ("access denied", "run the agent as LocalSystem or as a Hyper-V administrator")
+        }
+        32774 | 0x8007_0020 => {
+            ("the VM or a file of it is in use", "another backup, a merge or a virus scanner holds it; wait or exclude it")
+        }
+        32776 | 6 => ("a parameter has a wrong type", "report this with the agent's log"),
+        32777 => ("the VM is not available", "wait until it is"),
+        32778 => ("the host is out of memory", "free memory on the host"),
+        32779 => ("a file is in use or not there", "check the file named"),
+        0x8007_052F | 0x8007_0569 => (
+            "the account \"NT VIRTUAL MACHINE\\Virtual Machines\" may not log on as a service",
+            "give it that right in the group policy",
+        ),
+        _ => ("unknown reason", "look at the host's Hyper-V-VMMS event log"),
+    }
+}

@@ -1,0 +1,158 @@
+//! Hyper-V, over any [`Wmi`] transport (facts, sections 1, 2, 4 and 9).
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `wql` | names, paths and literals |
+//! | `call` | methods, their jobs, and when to ask again |
+//! | `snapshot` | recovery checkpoints: make, name, look into, remove |
+//! | `reference_point`, `changes` | resilient change tracking |
+//! | `inventory`, `watch`, `cluster` | what is there, and what changes |
+//! | `import` | VMs from restored files |
+
+mod call;
+mod changes;
+mod cluster;
+mod import;
+mod inventory;
+mod reference_point;
+mod snapshot;
+mod watch;
+mod wql;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use outrider_disk::RangeSet;
+use outrider_proto::ids::VmGuid;
+use outrider_wmi::Wmi;
+use outrider_wmi::files::HostFiles;
+use tokio::sync::mpsc;
+
+use super::{
+    Change, Checkpoint, CheckpointRequest, FrozenDisk, Hypervisor, HypervisorError, Inventory,
+    NewVm, ReferencePoint, VmState,
+};
+use crate::config::JobTimes;
+use crate::lease::Lease;
+
+/// The Hyper-V of one host.
+#[derive(Clone)]
+pub struct HyperV {
+    wmi: Arc<dyn Wmi>,
+    files: Arc<dyn HostFiles>,
+    times: JobTimes,
+}
+
+impl HyperV {
+    /// The Hyper-V that `wmi` speaks to, of the host whose files `files` opens.
+    #[must_use]
+    pub fn new(wmi: Arc<dyn Wmi>, files: Arc<dyn HostFiles>, times: JobTimes) -> Self {
+        Self { wmi, files, times }
+    }
+}
+
+#[async_trait]
+impl Hypervisor for HyperV {
+    fn kind(&self) -> &'static str {
+        "hyperv"
+    }
+
+    fn files(&self) -> Arc<dyn HostFiles> {
+        self.files.clone()
+    }
+
+    async fn inventory(&self) -> Result<Inventory, HypervisorError> {
+        self.full_inventory().await
+    }
+
+    async fn watch(&self) -> Result<mpsc::Receiver<Change>, HypervisorError> {
+        watch::start(self.clone()).await
+    }
+
+    async fn vm(&self, vm: VmGuid) -> Result<VmState, HypervisorError> {
+        self.vm_state(vm).await
+    }
+
+    async fn checkpoints(&self, vm: VmGuid) -> Result<Vec<Checkpoint>, HypervisorError> {
+        self.recovery_checkpoints(vm).await
+    }
+
+    async fn create_checkpoint(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        name: &str,
+        request: CheckpointRequest,
+    ) -> Result<Checkpoint, HypervisorError> {
+        self.create_recovery_checkpoint(lease, vm, name, request).await
+    }
+
+    async fn checkpoint_disks(&self, checkpoint: &Checkpoint) -> Result<Vec<FrozenDisk>, HypervisorError> {
+        self.frozen_disks(checkpoint).await
+    }
+
+    async fn checkpoint_config(&self, checkpoint: &Checkpoint) -> Result<Vec<PathBuf>, HypervisorError> {
+        self.config_files(checkpoint).await
+    }
+
+    async fn changes(
+        &self,
+        disk: &Path,
+        size: u64,
+        tracking_id: &str,
+    ) -> Result<RangeSet, HypervisorError> {
+        self.disk_changes(disk, size, tracking_id).await
+    }
+
+    async fn reference_points(&self, vm: VmGuid) -> Result<Vec<ReferencePoint>, HypervisorError> {
+        self.list_reference_points(vm).await
+    }
+
+    async fn convert(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        checkpoint: &Checkpoint,
+    ) -> Result<ReferencePoint, HypervisorError> {
+        self.convert_checkpoint(lease, vm, checkpoint).await
+    }
+
+    async fn destroy_checkpoint(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        checkpoint: &Checkpoint,
+    ) -> Result<(), HypervisorError> {
+        self.remove_checkpoint(lease, vm, checkpoint).await
+    }
+
+    async fn destroy_reference_point(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        point: &ReferencePoint,
+    ) -> Result<(), HypervisorError> {
+        self.remove_reference_point(lease, vm, point).await
+    }
+
+    async fn storage_roots(&self) -> Result<Vec<(PathBuf, u64)>, HypervisorError> {
+        self.shared_volumes().await
+    }
+
+    async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<VmGuid, HypervisorError> {
+        self.import_vm(lease, new).await
+    }
+
+    async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+        self.request_state(lease, vm, import::RUN, "start").await
+    }
+
+    async fn stop_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+        self.request_state(lease, vm, import::TURN_OFF, "turn off").await
+    }
+
+    async fn remove_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+        self.destroy_system(lease, vm).await
+    }
+}

@@ -1,0 +1,205 @@
+//! Recovery checkpoints: make, name, look into, remove.
+//!
+//! Hyper-V gives a new checkpoint a name of its own choice; ours is set right afterwards. Between the two calls the
+//! checkpoint is told from others by being the one that was not there before (another product's recovery checkpoint
+//! would have made ours fail). What a crash leaves there is the duty's business: see `job::leftovers`.
+
+use std::path::PathBuf;
+
+use outrider_proto::ids::{CheckpointId, VmGuid};
+use outrider_wmi::{NS_VIRTUALIZATION, Object, Value, WmiError, embedded};
+
+use super::HyperV;
+use super::call::{Call, provider};
+use super::wql::{self, RECOVERY, SETTINGS, STORAGE, literal};
+use crate::hypervisor::error::{HypervisorError, Retry};
+use crate::hypervisor::{Checkpoint, CheckpointRequest, FrozenDisk};
+use crate::lease::Lease;
+
+const SERVICE: &str = "Msvm_VirtualSystemSnapshotService";
+const SNAPSHOT_TYPE_RECOVERY: u32 = 32768;
+/// ConsistencyLevel and GuestBackupType.
+const APPLICATION: u32 = 1;
+const CRASH: u32 = 2;
+const GUEST_FULL: u32 = 1;
+const GUEST_COPY: u32 = 2;
+/// Resource type of virtual disks.
+const VIRTUAL_DISK: u64 = 31;
+const VIRTUAL_DISK_KIND: &str = "Microsoft:Hyper-V:Virtual Hard Disk";
+/// Files of a configuration set.
+const CONFIG_EXTENSIONS: [&str; 6] = ["vmcx", "VMCX", "vmrs", "VMRS", "vmgs", "VMGS"];
+
+impl HyperV {
+    pub(super) async fn recovery_checkpoints(&self, vm: VmGuid) -> Result<Vec<Checkpoint>, HypervisorError> {
+        let wql = format!(
+            "SELECT * FROM {SETTINGS} WHERE VirtualSystemIdentifier={} AND VirtualSystemType={}",
+            literal(&wql::guid(vm.0)),
+            literal(RECOVERY)
+        );
+        let found = self.query("list the checkpoints of a VM", &wql).await?;
+        Ok(found.iter().filter_map(checkpoint).collect())
+    }
+
+    pub(super) async fn create_recovery_checkpoint(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        name: &str,
+        request: CheckpointRequest,
+    ) -> Result<Checkpoint, HypervisorError> {
+        let doing = format!("create a checkpoint of VM {vm}");
+        let settings = Object::new("Msvm_VirtualSystemSnapshotSettingData", "")
+            .with("ConsistencyLevel", if request.quiesce { APPLICATION } else { CRASH })
+            .with("GuestBackupType", if request.truncate_logs { GUEST_FULL } else { GUEST_COPY })
+            .with("IgnoreNonSnapshottableDisks", true);
+        let before = self.recovery_checkpoints(vm).await?;
+        let call = Call {
+            doing: doing.clone(),
+            service: SERVICE,
+            path: String::new(),
+            method: "CreateSnapshot",
+            args: vec![
+                ("AffectedSystem", Value::Ref(wql::vm_path(vm))),
+                ("SnapshotSettings", embedded::to_text(&settings).into()),
+                ("SnapshotType", SNAPSHOT_TYPE_RECOVERY.into()),
+            ],
+        };
+        match self.change(lease, &call).await {
+            Ok(_) => {}
+            // Perhaps it was made: look.
+            Err(e) if e.retry() == Retry::Inspect => {
+                tracing::warn!(error = %e, "looking for the checkpoint that may have been made");
+                if self.made_since(vm, &before).await?.is_none() {
+                    return Err(e);
+                }
+            }
+            Err(e) => return Err(e),
+        }
+        let made = self.made_since(vm, &before).await?.ok_or_else(|| HypervisorError::Odd {
+            doing: doing.clone(),
+            detail: "it reports success, but there is no new recovery checkpoint".into(),
+        })?;
+        self.name_checkpoint(lease, made, name).await
+    }
+
+    async fn made_since(&self, vm: VmGuid, before: &[Checkpoint]) -> Result<Option<Checkpoint>, HypervisorError> {
+        let now = self.recovery_checkpoints(vm).await?;
+        Ok(now.into_iter().find(|c| before.iter().all(|b| b.id != c.id)))
+    }
+
+    async fn name_checkpoint(
+        &self,
+        lease: &Lease,
+        mut made: Checkpoint,
+        name: &str,
+    ) -> Result<Checkpoint, HypervisorError> {
+        let doing = format!("name the checkpoint {}", made.id);
+        let mut settings = self.settings_of(&made).await?;
+        settings.set("ElementName", name);
+        let call = Call {
+            doing,
+            service: "Msvm_VirtualSystemManagementService",
+            path: String::new(),
+            method: "ModifySystemSettings",
+            args: vec![("SystemSettings", embedded::to_text(&settings).into())],
+        };
+        self.change(lease, &call).await?;
+        made.name = name.to_owned();
+        Ok(made)
+    }
+
+    async fn settings_of(&self, checkpoint: &Checkpoint) -> Result<Object, HypervisorError> {
+        match self.wmi.get(NS_VIRTUALIZATION, &checkpoint.path).await {
+            Ok(object) => Ok(object),
+            Err(WmiError::NotFound { .. }) => {
+                Err(HypervisorError::CheckpointGone { checkpoint: checkpoint.name.clone() })
+            }
+            Err(e) => Err(provider("read a checkpoint's settings")(e)),
+        }
+    }
+
+    pub(super) async fn frozen_disks(&self, checkpoint: &Checkpoint) -> Result<Vec<FrozenDisk>, HypervisorError> {
+        let doing = "list the disks of a checkpoint";
+        // Also finds out that the checkpoint is gone.
+        self.settings_of(checkpoint).await?;
+        let parts = self
+            .associated(doing, &checkpoint.path, "Msvm_VirtualSystemSettingDataComponent", STORAGE)
+            .await?;
+        let mut disks: Vec<FrozenDisk> = parts.iter().filter(|o| is_virtual_disk(o)).filter_map(frozen).collect();
+        disks.sort_by(|a, b| a.slot.cmp(&b.slot));
+        Ok(disks)
+    }
+
+    pub(super) async fn config_files(&self, checkpoint: &Checkpoint) -> Result<Vec<PathBuf>, HypervisorError> {
+        let settings = self.settings_of(checkpoint).await?;
+        let text = |name| settings.str(name).unwrap_or_default();
+        let definition = joined(text("ConfigurationDataRoot"), text("ConfigurationFile"));
+        let mut found: Vec<PathBuf> = Vec::new();
+        for extension in CONFIG_EXTENSIONS {
+            let file = definition.with_extension(extension);
+            let known = found.iter().any(|f| same_but_for_case(f, &file));
+            if !known && file.is_file() {
+                found.push(file);
+            }
+        }
+        // The guest state may lie elsewhere.
+        let guest_state = joined(text("GuestStateDataRoot"), text("GuestStateFile"));
+        if guest_state.is_file() && !found.iter().any(|f| same_but_for_case(f, &guest_state)) {
+            found.push(guest_state);
+        }
+        Ok(found)
+    }
+
+    pub(super) async fn remove_checkpoint(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        checkpoint: &Checkpoint,
+    ) -> Result<(), HypervisorError> {
+        let call = Call {
+            doing: format!("remove the checkpoint {:?} of VM {vm}", checkpoint.name),
+            service: SERVICE,
+            path: String::new(),
+            method: "DestroySnapshot",
+            args: vec![("AffectedSnapshot", Value::Ref(checkpoint.path.clone()))],
+        };
+        let failure = match self.change(lease, &call).await {
+            Ok(_) => return Ok(()),
+            Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
+            Err(failure) => failure,
+        };
+        let left = self.recovery_checkpoints(vm).await?;
+        if left.iter().any(|c| c.id == checkpoint.id) { Err(failure) } else { Ok(()) }
+    }
+}
+
+pub(super) fn checkpoint(settings: &Object) -> Option<Checkpoint> {
+    Some(Checkpoint {
+        id: CheckpointId(wql::settings_guid(settings)?),
+        name: settings.str("ElementName").unwrap_or_default().to_owned(),
+        path: settings.path.clone(),
+    })
+}
+
+pub(super) fn is_virtual_disk(settings: &Object) -> bool {
+    settings.u64("ResourceType") == Some(VIRTUAL_DISK)
+        && settings.str("ResourceSubType") == Some(VIRTUAL_DISK_KIND)
+}
+
+fn frozen(settings: &Object) -> Option<FrozenDisk> {
+    Some(FrozenDisk {
+        slot: wql::slot(settings.str("InstanceID")?)?.to_owned(),
+        path: PathBuf::from(settings.array("HostResource").first()?.as_str()?),
+    })
+}
+
+/// A root folder and a relative path that may be written with either separator.
+fn joined(root: &str, relative: &str) -> PathBuf {
+    let mut path = PathBuf::from(root);
+    path.extend(relative.split(['\\', '/']).filter(|p| !p.is_empty()));
+    path
+}
+
+fn same_but_for_case(a: &std::path::Path, b: &std::path::Path) -> bool {
+    cfg!(windows) && a.as_os_str().eq_ignore_ascii_case(b.as_os_str()) || a == b
+}

@@ -1,0 +1,180 @@
+//! A backup, phase by phase.
+//!
+//! ```text
+//! ask -> clear leftovers -> precheck -> duty recorded -> checkpoint created -> named -> duty: created
+//!     -> configuration, disks, changes (journalled once) -> pipeline -> manifest -> root -> commit
+//!     -> converting (journalled) -> convert -> duty: converted -> bind -> remove the older reference point
+//!     -> verify that the host is clean -> duty: done -> finish
+//! ```
+//! A later attempt (new lease, after a kill or a move) asks the coordinator first and enters where it must:
+//!
+//! | what it finds | what it does |
+//! | --- | --- |
+//! | the job has committed | hand-over only |
+//! | the duty's checkpoint exists and the journal has begun on it | adopts both: reads only what is missing |
+//! | the checkpoint exists, the journal has not begun | removes it (nothing was read) and starts over |
+//! | the checkpoint is gone | starts over with a new one and a new duty; the old journal is void |
+
+use std::sync::Arc;
+
+use outrider_proto::ids::VmKey;
+use outrider_proto::model::Binding;
+use outrider_proto::rpc::{self, DutyState};
+
+use super::{JobContext, JobError, Outcome, capture, checkpoint, commit, handover, leftovers};
+use crate::hypervisor::Checkpoint;
+use crate::journal::{Adopted, Journal};
+use crate::pipeline::Stats;
+
+/// Checkpoints that may be lost under a running attempt before it gives up.
+const STARTS: u32 = 3;
+
+/// A checkpoint to read from, with the duty that covers it.
+pub(super) struct Open {
+    pub(super) checkpoint: Checkpoint,
+    pub(super) duty: rpc::Duty,
+    pub(super) origin: Origin,
+}
+
+/// Where a checkpoint came from.
+pub(super) enum Origin {
+    /// Made by this attempt.
+    Made(checkpoint::How),
+    /// Made by an earlier one; the journal tells how far it got.
+    Adopted(Box<Adopted>),
+}
+
+pub(super) async fn run(
+    context: &JobContext,
+    message: &rpc::JobLease,
+    vm: VmKey,
+    work: &rpc::BackupWork,
+    stats: &Arc<Stats>,
+) -> Outcome {
+    let mut warnings = Vec::new();
+    let result = steps(context, message, &vm, work, stats, &mut warnings).await;
+    match result {
+        Ok(host_clean) => Outcome {
+            data_safe: true,
+            host_clean: host_clean.is_none(),
+            error: host_clean,
+            warnings,
+            restored_vm: None,
+        },
+        Err(error) if error.is_superseded() => Outcome::failed(error, false),
+        Err(error) => {
+            // The data is not safe; the host may still be made clean.
+            context.sources.close().await;
+            let host_clean = match abandon(context, message, &vm).await {
+                Ok(()) => true,
+                Err(e) => {
+                    tracing::warn!(error = %e, "the checkpoint of the failed attempt stays for now");
+                    false
+                }
+            };
+            Outcome { warnings, ..Outcome::failed(error, host_clean) }
+        }
+    }
+}
+
+/// Removes what the failed attempt made. The bound reference point stays what it was.
+async fn abandon(context: &JobContext, message: &rpc::JobLease, vm: &VmKey) -> Result<(), JobError> {
+    let known = ask(context, message).await?;
+    leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), None).await
+}
+
+async fn ask(context: &JobContext, message: &rpc::JobLease) -> Result<rpc::AskReply, JobError> {
+    let request = rpc::AskRequest { job_id: context.lease.job().to_string(), vm: message.vm.clone() };
+    Ok(context.coordinator.ask(request).await?)
+}
+
+/// All phases. `Ok(None)`: both results are good; `Ok(Some(why))`: data safe, host not clean.
+async fn steps(
+    context: &JobContext,
+    message: &rpc::JobLease,
+    vm: &VmKey,
+    work: &rpc::BackupWork,
+    stats: &Arc<Stats>,
+    warnings: &mut Vec<String>,
+) -> Result<Option<JobError>, JobError> {
+    let mut lost = 0;
+    loop {
+        let known = ask(context, message).await?;
+        let journal = Journal::read(&*context.store, &context.sealer, context.lease.job()).await?;
+        if !known.committed_point_id.is_empty() {
+            context.phase("finishing the hand-over");
+            return Ok(handover::resume(context, vm, &known, &journal).await.err());
+        }
+        let open = match adoptable(context, vm, &known, &journal).await? {
+            Some(open) => open,
+            None => {
+                leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), None).await?;
+                let made = checkpoint::make(context, message, vm, work).await?;
+                warnings.extend(made.warnings.iter().cloned());
+                Open { checkpoint: made.checkpoint, duty: made.duty, origin: Origin::Made(made.how) }
+            }
+        };
+        let binding = known.binding.as_ref().map(Binding::try_from).transpose()?;
+        let read = capture::run(context, message, vm, work, &open, binding.as_ref(), &journal, stats, warnings).await;
+        match read {
+            Ok(captured) => {
+                let committed = commit::run(context, message, vm, &open, captured, stats).await?;
+                // Nothing may hold a file of the checkpoint open when it is converted.
+                context.sources.close().await;
+                context.phase("handing over the base");
+                return Ok(handover::after_commit(context, vm, &open, committed, binding.as_ref(), &known)
+                    .await
+                    .err());
+            }
+            Err(e) if !e.is_superseded() && is_gone(context, vm, &open.checkpoint).await => {
+                lost += 1;
+                tracing::warn!(error = %e, "the checkpoint went away, starting over");
+                if lost >= STARTS {
+                    return Err(JobError::CheckpointGone { name: open.checkpoint.name.clone() });
+                }
+                warnings.push(format!("checkpoint {:?} went away while it was read; the run started over", open.checkpoint.name));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Whether a checkpoint is not there any more (asked after a failure, so an unanswered question counts as "there").
+async fn is_gone(context: &JobContext, vm: &VmKey, checkpoint: &Checkpoint) -> bool {
+    let found = context.hypervisor.checkpoints(vm.guid).await;
+    found.is_ok_and(|all| all.iter().all(|c| c.id != checkpoint.id))
+}
+
+/// The checkpoint of an open duty of this job that exists and that the journal has begun on.
+async fn adoptable(
+    context: &JobContext,
+    vm: &VmKey,
+    known: &rpc::AskReply,
+    journal: &Journal,
+) -> Result<Option<Open>, JobError> {
+    let job = context.lease.job().to_string();
+    let open = |d: &&rpc::Duty| {
+        d.job_id == job && matches!(d.state(), DutyState::Recorded | DutyState::Created)
+    };
+    let mine: Vec<&rpc::Duty> = known.duties.iter().filter(open).collect();
+    if mine.is_empty() {
+        return Ok(None);
+    }
+    let checkpoints = context.hypervisor.checkpoints(vm.guid).await?;
+    for duty in mine {
+        let Some(checkpoint) = checkpoints.iter().find(|c| leftovers::names(duty, c)) else { continue };
+        if let Some(adopted) = journal.of(checkpoint.id) {
+            tracing::info!(
+                checkpoint = checkpoint.name,
+                leaves = adopted.leaves.len(),
+                "going on with the checkpoint of an earlier attempt"
+            );
+            return Ok(Some(Open {
+                checkpoint: checkpoint.clone(),
+                duty: duty.clone(),
+                origin: Origin::Adopted(Box::new(adopted)),
+            }));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,364 @@
+//! What the pipeline is fed with: configuration, disks, and what has to be read of each. Computed once per checkpoint
+//! and journalled, so that whoever continues reads by the same list.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use futures::FutureExt;
+use outrider_disk::{ByteRange, DiskKind, RangeSet, ReadDisk};
+use outrider_proto::ids::{ChunkId, DiskId, PointId, VmIncarnation, VmKey};
+use outrider_proto::journal::{JournalDisk, JournalEntry, JournalStart};
+use outrider_proto::manifest::{ConfigFile, Manifest};
+use outrider_proto::model::{Binding, parse};
+use outrider_proto::record::Record;
+use outrider_proto::rpc::{self, BackupKind};
+
+use super::backup::{Open, Origin};
+use super::base::{BaseDecision, DiskFacts, Known, plan_base};
+use super::{JobContext, JobError};
+use crate::consistency;
+use crate::hypervisor::{FrozenDisk, HypervisorError};
+use crate::journal::{Journal, JournalWriter};
+use crate::pipeline::{DiskJob, DiskPlan, ParentTree, Pipeline, SharedJournal, Stats, sample};
+use crate::source::SourceDisk;
+
+/// Longest configuration file that is kept.
+const MAX_CONFIG: u64 = 1 << 30;
+
+/// An open disk with its facts.
+pub(super) struct SourceFacts {
+    pub(super) facts: DiskFacts,
+    pub(super) file_name: String,
+    pub(super) logical_sector: u32,
+    pub(super) physical_sector: u32,
+    pub(super) block_size: u32,
+    pub(super) fixed: bool,
+    path: std::path::PathBuf,
+    disk: Arc<SourceDisk>,
+}
+
+/// Everything read and sent, ready for a manifest.
+pub(super) struct Captured {
+    pub(super) pipeline: Pipeline,
+    pub(super) start: JournalStart,
+    pub(super) disks: Vec<SourceFacts>,
+    pub(super) config: Vec<ConfigFile>,
+    pub(super) tracking_unproven: bool,
+    pub(super) journal: SharedJournal,
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) async fn run(
+    context: &JobContext,
+    message: &rpc::JobLease,
+    vm: &VmKey,
+    work: &rpc::BackupWork,
+    open: &Open,
+    binding: Option<&Binding>,
+    journal: &Journal,
+    stats: &Arc<Stats>,
+    warnings: &mut Vec<String>,
+) -> Result<Captured, JobError> {
+    context.phase("opening the disks");
+    let frozen = context.hypervisor.checkpoint_disks(&open.checkpoint).await?;
+    let disks = open_disks(context, frozen).await?;
+    let mut appender = JournalWriter::after(
+        journal,
+        context.store.clone(),
+        context.sealer.clone(),
+        context.lease.job(),
+        open.checkpoint.id,
+        context.lease.epoch(),
+    );
+    let (start, journalled) = match &open.origin {
+        Origin::Adopted(adopted) if same_disks(&adopted.start, &disks) => {
+            (adopted.start.clone(), adopted.leaves.clone())
+        }
+        Origin::Adopted(_) => {
+            // Cannot happen while the hypervisor keeps a checkpoint's disks as they are; never mix.
+            return Err(JobError::Hypervisor(HypervisorError::Odd {
+                doing: "go on with an earlier attempt's checkpoint".into(),
+                detail: "its disks are not those that the job's journal names".into(),
+            }));
+        }
+        Origin::Made(how) => {
+            context.phase("querying changes");
+            let start = begin(context, message, vm, work, open, binding, how, &disks, stats, warnings).await?;
+            appender.append(&JournalEntry::Start(start.clone())).await?;
+            (start, std::collections::HashMap::new())
+        }
+    };
+    let parent = match &start.parent {
+        Some((_, manifest)) => Some(fetch_manifest(context, *manifest).await?),
+        None => None,
+    };
+    let jobs = disk_jobs(&start, &disks, parent.as_ref())?;
+    let pipeline = Pipeline::new(
+        context.store.clone(),
+        context.sealer.clone(),
+        context.pool.clone(),
+        context.lease.clone(),
+        stats.clone(),
+        context.bounds(),
+        start.chunk_size,
+        jobs,
+    );
+    context.phase("saving the configuration");
+    let config = save_config(context, open, &pipeline).await?;
+    context.phase("running");
+    let tracking_unproven = binding.is_some_and(|b| b.tracking_unproven) && start.parent.is_some();
+    let journal = Arc::new(tokio::sync::Mutex::new(appender));
+    let pipeline = pipeline.with_journal(journal.clone(), journalled);
+    // Roots are asked for again at the commit, where nothing is left to do unless storage lost something.
+    pipeline.capture().boxed().await?;
+    Ok(Captured { pipeline, start, disks, config, tracking_unproven, journal })
+}
+
+async fn open_disks(context: &JobContext, frozen: Vec<FrozenDisk>) -> Result<Vec<SourceFacts>, JobError> {
+    let mut disks = Vec::with_capacity(frozen.len());
+    for disk in frozen {
+        let (sources, path) = (context.sources.clone(), disk.path.clone());
+        let source = context.pool.run(move || sources.open(&path)).await??;
+        let info = source.info().clone();
+        // The base names the disk; a frozen leaf may be a user checkpoint's file.
+        let base = source.files().last().cloned().unwrap_or_else(|| disk.path.clone());
+        disks.push(SourceFacts {
+            facts: DiskFacts { disk: DiskId(info.disk_id), size: info.size, slot: disk.slot },
+            file_name: file_name(&base),
+            logical_sector: info.logical_sector,
+            physical_sector: info.physical_sector,
+            block_size: info.block_size,
+            fixed: info.kind == DiskKind::Fixed,
+            path: disk.path,
+            disk: Arc::new(source),
+        });
+    }
+    Ok(disks)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn same_disks(start: &JournalStart, disks: &[SourceFacts]) -> bool {
+    start.disks.len() == disks.len()
+        && start.disks.iter().zip(disks).all(|(j, d)| j.disk_id == d.facts.disk && j.size == d.facts.size)
+}
+
+/// Decides what is read of each disk.
+#[allow(clippy::too_many_arguments)]
+async fn begin(
+    context: &JobContext,
+    message: &rpc::JobLease,
+    vm: &VmKey,
+    work: &rpc::BackupWork,
+    open: &Open,
+    binding: Option<&Binding>,
+    how: &super::checkpoint::How,
+    disks: &[SourceFacts],
+    stats: &Arc<Stats>,
+    warnings: &mut Vec<String>,
+) -> Result<JournalStart, JobError> {
+    let points = context.hypervisor.reference_points(vm.guid).await?;
+    let parent = match binding {
+        Some(binding) => match fetch_manifest(context, binding.manifest).await {
+            Ok(manifest) => Some(manifest),
+            Err(e) if e.is_superseded() => return Err(e),
+            Err(e) => {
+                tracing::warn!(error = %e, "the bound point's manifest cannot be read: no incremental");
+                None
+            }
+        },
+        None => None,
+    };
+    let facts: Vec<DiskFacts> = disks.iter().map(|d| d.facts.clone()).collect();
+    let known = Known {
+        wanted: work.kind(),
+        why: &work.why,
+        binding,
+        reference_points: &points,
+        parent: parent.as_ref(),
+        incarnation: VmIncarnation(message.incarnation),
+        chunk_size: message.chunk_size,
+    };
+    let plan = plan_base(known, &facts);
+    let mut reasons = vec![how.way.reason.clone()];
+    reasons.extend(plan.reasons.iter().cloned());
+    let mut kind = plan.kind;
+    let mut out = Vec::with_capacity(disks.len());
+    for (disk, decision) in disks.iter().zip(&plan.disks) {
+        out.push(list_of(context, message.chunk_size, disk, decision, &mut reasons).await?);
+    }
+    if let Some(mismatch) = sample_unchanged(context, message.chunk_size, disks, &out, parent.as_ref(), stats).await? {
+        warnings.push(mismatch.clone());
+        reasons.push(mismatch);
+        kind = BackupKind::ConsistencyCheck;
+        for (disk, journal) in disks.iter().zip(&mut out) {
+            *journal = everything(context, disk).await?;
+        }
+    }
+    let any_incremental = out.iter().any(|d| d.incremental);
+    if kind == BackupKind::Incremental && !any_incremental && !out.is_empty() {
+        kind = BackupKind::Full;
+    }
+    Ok(JournalStart {
+        checkpoint: open.checkpoint.id,
+        chunk_size: message.chunk_size,
+        taken_unix_ms: how.taken_unix_ms,
+        consistency: consistency::text(how.way.gives).to_owned(),
+        kind: kind.into(),
+        reasons,
+        parent: binding.filter(|_| any_incremental).map(|b| (b.point, b.manifest)),
+        disks: out,
+    })
+}
+
+/// The ranges of one disk that have to be read.
+async fn list_of(
+    context: &JobContext,
+    chunk_size: u32,
+    disk: &SourceFacts,
+    decision: &BaseDecision,
+    reasons: &mut Vec<String>,
+) -> Result<JournalDisk, JobError> {
+    let BaseDecision::Changes { tracking_id, .. } = decision else { return everything(context, disk).await };
+    match context.hypervisor.changes(&disk.path, disk.facts.size, tracking_id).await {
+        Ok(changed) => {
+            let changed = changed.align_out(chunk_size.into(), disk.facts.size);
+            Ok(JournalDisk {
+                disk_id: disk.facts.disk,
+                size: disk.facts.size,
+                to_read: pairs(&changed),
+                incremental: true,
+            })
+        }
+        Err(HypervisorError::Lease(lost)) => Err(lost.into()),
+        // Any doubt about change tracking: read in full, never guess.
+        Err(e) => {
+            tracing::warn!(slot = disk.facts.slot, error = %e, "the disk is read in full");
+            reasons.push(format!("disk {} is read in full: {e}", disk.facts.slot));
+            everything(context, disk).await
+        }
+    }
+}
+
+async fn everything(context: &JobContext, disk: &SourceFacts) -> Result<JournalDisk, JobError> {
+    let source = disk.disk.clone();
+    let allocated = context.pool.run(move || source.allocated()).await??;
+    Ok(JournalDisk {
+        disk_id: disk.facts.disk,
+        size: disk.facts.size,
+        to_read: pairs(&allocated),
+        incremental: false,
+    })
+}
+
+fn pairs(ranges: &RangeSet) -> Vec<(u64, u64)> {
+    ranges.iter().map(|r| (r.start, r.len)).collect()
+}
+
+fn ranges(pairs: &[(u64, u64)]) -> RangeSet {
+    pairs.iter().map(|(start, len)| ByteRange::new(*start, *len)).collect()
+}
+
+/// Compares a sample of what tracking calls unchanged with the parent; gives the sentence of the first mismatch.
+async fn sample_unchanged(
+    context: &JobContext,
+    chunk_size: u32,
+    disks: &[SourceFacts],
+    lists: &[JournalDisk],
+    parent: Option<&Manifest>,
+    stats: &Arc<Stats>,
+) -> Result<Option<String>, JobError> {
+    let Some(parent) = parent else { return Ok(None) };
+    for (disk, list) in disks.iter().zip(lists) {
+        if !list.incremental {
+            continue;
+        }
+        let Some(root) = parent_root(parent, list.disk_id) else { continue };
+        let source: Arc<dyn ReadDisk> = disk.disk.clone();
+        let plan = DiskPlan::incremental(list.size, chunk_size, &ranges(&list.to_read), root);
+        let allocated = {
+            let source = source.clone();
+            context.pool.run(move || source.allocated()).await??
+        };
+        let mut tree = ParentTree::new(context.store.clone(), context.sealer.clone(), root, plan.root_level());
+        let found = sample::compare(&source, &plan, &allocated, &mut tree, &context.sealer, &context.pool).await?;
+        Stats::add(&stats.sampled_chunks, found.chunks);
+        Stats::add(&stats.read_bytes, found.bytes);
+        if let Some(offset) = found.mismatch {
+            let sentence = format!(
+                "change tracking called the chunk at offset {offset} of disk {} unchanged, but it differs from the parent \
+                 point: tracking is not trusted, all that is allocated was read and compared",
+                disk.facts.slot
+            );
+            tracing::error!(sentence, "change tracking missed a change");
+            return Ok(Some(sentence));
+        }
+    }
+    Ok(None)
+}
+
+fn parent_root(parent: &Manifest, disk: DiskId) -> Option<ChunkId> {
+    let tree = parent.disks.iter().find(|d| d.disk_id == disk)?;
+    tree.layers.last().map(|l| l.root)
+}
+
+fn disk_jobs(
+    start: &JournalStart,
+    disks: &[SourceFacts],
+    parent: Option<&Manifest>,
+) -> Result<Vec<DiskJob>, JobError> {
+    let mut jobs = Vec::with_capacity(disks.len());
+    for (list, disk) in start.disks.iter().zip(disks) {
+        let to_read = ranges(&list.to_read);
+        let plan = if list.incremental {
+            let root = parent.and_then(|p| parent_root(p, list.disk_id)).ok_or_else(|| {
+                JobError::Unrestorable(format!(
+                    "the parent point does not hold disk {} that the journal relies on",
+                    disk.facts.slot
+                ))
+            })?;
+            DiskPlan::incremental(list.size, start.chunk_size, &to_read, root)
+        } else {
+            DiskPlan::full(list.size, start.chunk_size, &to_read)
+        };
+        jobs.push(DiskJob { source: disk.disk.clone(), plan });
+    }
+    Ok(jobs)
+}
+
+async fn save_config(
+    context: &JobContext,
+    open: &Open,
+    pipeline: &Pipeline,
+) -> Result<Vec<ConfigFile>, JobError> {
+    let mut config = Vec::new();
+    for path in context.hypervisor.checkpoint_config(&open.checkpoint).await? {
+        let (sources, file) = (context.sources.clone(), path.clone());
+        let bytes = context
+            .pool
+            .run(move || sources.read_file(&file, MAX_CONFIG))
+            .await?
+            .map_err(JobError::file("read", &path))?;
+        let chunks = pipeline.put_file(&bytes).await?;
+        config.push(ConfigFile { name: file_name(&path), size: bytes.len() as u64, chunks });
+    }
+    Ok(config)
+}
+
+/// Reads a manifest from storage.
+pub(super) async fn fetch_manifest(context: &JobContext, id: ChunkId) -> Result<Manifest, JobError> {
+    let record: Record = context
+        .store
+        .get(&[id])
+        .await?
+        .pop()
+        .ok_or(crate::store::StoreError::Missing { id })?;
+    Ok(Manifest::open(&context.sealer, &record)?)
+}
+
+/// The id that the coordinator chose for the point.
+pub(super) fn point_of(work: &rpc::BackupWork) -> Result<PointId, JobError> {
+    Ok(parse("BackupWork", "point_id", &work.point_id)?)
+}

@@ -1,0 +1,177 @@
+//! Prechecks, the duty, the checkpoint and its name.
+
+use std::time::Duration;
+
+use outrider_process::backoff::Backoff;
+use outrider_proto::ids::{VmGuid, VmKey};
+use outrider_proto::rpc;
+use tokio::time::Instant;
+
+use super::{JobContext, JobError};
+use crate::consistency::{self, Wanted, Way};
+use crate::hypervisor::{Checkpoint, CheckpointRequest, HypervisorError, VmState};
+use crate::precheck::{self, Situation};
+
+/// What every checkpoint of ours is called first.
+pub(super) const PREFIX: &str = "Outrider ";
+/// How long a VM that is not on this host is waited for: a move is followed by the end of this lease.
+const VM_WAIT: Duration = Duration::from_secs(60);
+
+/// A checkpoint that was just made.
+pub(super) struct Made {
+    pub(super) checkpoint: Checkpoint,
+    pub(super) duty: rpc::Duty,
+    pub(super) how: How,
+    pub(super) warnings: Vec<String>,
+}
+
+/// How and when it was made.
+pub(super) struct How {
+    pub(super) way: Way,
+    pub(super) taken_unix_ms: u64,
+}
+
+/// Whether a checkpoint carries a name of ours.
+pub(super) fn is_ours(checkpoint: &Checkpoint) -> bool {
+    checkpoint.name.starts_with(PREFIX)
+}
+
+/// The name of this attempt's checkpoint.
+fn name(context: &JobContext, attempt: u32) -> String {
+    format!("{PREFIX}{} {attempt} {}", context.lease.job(), context.lease.epoch())
+}
+
+/// Checks, records the duty, makes the checkpoint, names it, reports it.
+pub(super) async fn make(
+    context: &JobContext,
+    message: &rpc::JobLease,
+    vm: &VmKey,
+    work: &rpc::BackupWork,
+) -> Result<Made, JobError> {
+    context.phase("preparing");
+    context.lease.wait_to_mutate().await?;
+    let (state, warnings) = until_possible(context, vm.guid, work.require_all_disks).await?;
+    let wanted = Wanted { wanted: work.wanted(), minimum: work.minimum() };
+    let plan = consistency::plan(&state, wanted)?;
+    let checkpoint_name = name(context, message.attempt);
+    let duty = context
+        .coordinator
+        .record_duty(rpc::RecordDutyRequest {
+            job_id: context.lease.job().to_string(),
+            lease_epoch: context.lease.epoch().0,
+            attempt: message.attempt,
+            checkpoint_name: checkpoint_name.clone(),
+        })
+        .await?;
+    context.phase("creating the checkpoint");
+    let (checkpoint, way) = match try_ways(context, vm.guid, &checkpoint_name, &plan.ways).await {
+        Ok(made) => made,
+        Err(e) => {
+            // Superseded: the duty is the next holder's. Else nothing is there, or the duty stays open and is cleaned up.
+            if !e.is_superseded() && context.hypervisor.checkpoints(vm.guid).await.is_ok_and(|c| c.is_empty()) {
+                update_duty(context, &duty, rpc::DutyState::Done, None, None).await?;
+            }
+            return Err(e);
+        }
+    };
+    let taken_unix_ms = context.clock.unix_millis();
+    let duty =
+        update_duty(context, &duty, rpc::DutyState::Created, Some(&checkpoint), None).await?;
+    Ok(Made { checkpoint, duty, how: How { way, taken_unix_ms }, warnings })
+}
+
+/// Waits for what passes by itself: migrations, merges, other products' backups, replication.
+async fn until_possible(
+    context: &JobContext,
+    vm: VmGuid,
+    require_all_disks: bool,
+) -> Result<(VmState, Vec<String>), JobError> {
+    let started = Instant::now();
+    let mut backoff =
+        Backoff::new(context.times.busy_first, context.times.busy_ceiling, Backoff::any_seed());
+    loop {
+        context.lease.check()?;
+        let (failure, patience) = match context.hypervisor.vm(vm).await {
+            Ok(state) => {
+                let foreign: Vec<Checkpoint> = context
+                    .hypervisor
+                    .checkpoints(vm)
+                    .await?
+                    .into_iter()
+                    .filter(|c| !is_ours(c))
+                    .collect();
+                let captured = state.vm.disks.iter().filter(|d| d.uncapturable.is_none());
+                let disk_bytes = captured.map(|d| d.size).sum();
+                let situation = Situation { foreign: &foreign, require_all_disks, disk_bytes };
+                let (obstacle, warnings) = precheck::check(&state, situation);
+                match obstacle {
+                    None => return Ok((state, warnings)),
+                    Some(obstacle) if !obstacle.passes => return Err(JobError::Precheck(obstacle)),
+                    Some(obstacle) => (JobError::Precheck(obstacle), context.times.busy_patience),
+                }
+            }
+            Err(e @ HypervisorError::NoSuchVm { .. }) => (e.into(), VM_WAIT),
+            Err(e) => return Err(e.into()),
+        };
+        let pause = backoff.next_wait();
+        if started.elapsed() + pause >= patience {
+            return Err(failure);
+        }
+        tracing::info!(reason = %failure, ?pause, "the checkpoint has to wait");
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// The best way that works; a guest that fails to bring its data to rest leads to the next one.
+async fn try_ways(
+    context: &JobContext,
+    vm: VmGuid,
+    name: &str,
+    ways: &[Way],
+) -> Result<(Checkpoint, Way), JobError> {
+    let mut guest_failure: Option<HypervisorError> = None;
+    for way in ways {
+        let request = CheckpointRequest { quiesce: way.quiesce, truncate_logs: false };
+        match context.hypervisor.create_checkpoint(&context.lease, vm, name, request).await {
+            Ok(checkpoint) => {
+                let mut way = way.clone();
+                if let Some(failure) = guest_failure {
+                    way.reason = format!("{}: {failure}", way.reason);
+                }
+                return Ok((checkpoint, way));
+            }
+            Err(e) if e.is_guest_failure() && way.quiesce => {
+                tracing::warn!(error = %e, "the guest could not bring its data to rest");
+                guest_failure = Some(e);
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Err(guest_failure.map_or_else(
+        || JobError::Hypervisor(HypervisorError::Odd {
+            doing: "create a checkpoint".into(),
+            detail: "the consistency plan holds no way".into(),
+        }),
+        JobError::from,
+    ))
+}
+
+/// Tells the coordinator what became of a duty.
+pub(super) async fn update_duty(
+    context: &JobContext,
+    duty: &rpc::Duty,
+    state: rpc::DutyState,
+    checkpoint: Option<&Checkpoint>,
+    reference_point: Option<&str>,
+) -> Result<rpc::Duty, JobError> {
+    let request = rpc::UpdateDutyRequest {
+        job_id: context.lease.job().to_string(),
+        lease_epoch: context.lease.epoch().0,
+        duty_id: duty.duty_id.clone(),
+        state: state.into(),
+        checkpoint_id: checkpoint.map_or_else(|| duty.checkpoint_id.clone(), |c| c.id.to_string()),
+        reference_point_id: reference_point
+            .map_or_else(|| duty.reference_point_id.clone(), str::to_owned),
+    };
+    Ok(context.coordinator.update_duty(request).await?)
+}

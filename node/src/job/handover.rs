@@ -1,0 +1,267 @@
+//! The hand-over of the base: convert, bind, remove the older reference point, see that the host is clean.
+//!
+//! Never before the commit is acknowledged. A reference point is bound only when it is known to come from the committed
+//! point's checkpoint: the conversion named it, or the duty did. One that merely appeared is removed, never bound.
+
+use std::collections::HashSet;
+
+use outrider_process::backoff::Backoff;
+use outrider_proto::ids::{ChunkId, PointId, VmKey};
+use outrider_proto::journal::JournalEntry;
+use outrider_proto::manifest::Manifest;
+use outrider_proto::model::{Binding, BoundDisk, parse};
+use outrider_proto::rpc::{self, DutyState};
+use tokio::time::Instant;
+
+use super::backup::Open;
+use super::checkpoint::update_duty;
+use super::commit::Committed;
+use super::{JobContext, JobError, capture, leftovers};
+use crate::hypervisor::{Checkpoint, HypervisorError, ReferencePoint};
+use crate::journal::{Adopted, BeforeConversion, Journal, JournalWriter};
+
+/// What is handed over.
+struct HandOver<'a> {
+    vm: &'a VmKey,
+    point: PointId,
+    manifest_id: ChunkId,
+    manifest: &'a Manifest,
+    duty: rpc::Duty,
+    /// Reference point that was bound before.
+    older: Option<String>,
+}
+
+/// Right after the commit, by the attempt that made it.
+pub(super) async fn after_commit(
+    context: &JobContext,
+    vm: &VmKey,
+    open: &Open,
+    committed: Committed,
+    binding: Option<&Binding>,
+    known: &rpc::AskReply,
+) -> Result<(), JobError> {
+    let Committed { point, manifest_id, manifest, journal } = committed;
+    let mut journal = journal.lock().await;
+    let work = HandOver {
+        vm,
+        point,
+        manifest_id,
+        manifest: &manifest,
+        duty: open.duty.clone(),
+        older: binding.map(|b| b.reference_point.clone()),
+    };
+    convert_and_bind(context, work, &open.checkpoint, &mut journal).await?;
+    clean(context, vm, &known.duties).await
+}
+
+/// By a later attempt: the job has committed, the rest is unknown and is looked at.
+pub(super) async fn resume(
+    context: &JobContext,
+    vm: &VmKey,
+    known: &rpc::AskReply,
+    journal: &Journal,
+) -> Result<(), JobError> {
+    context.lease.wait_to_mutate().await?;
+    let job = context.lease.job().to_string();
+    let point: PointId = parse("AskReply", "committed_point_id", &known.committed_point_id)?;
+    let adopted = journal.latest();
+    let mine = known.duties.iter().find(|d| d.job_id == job && d.state() != DutyState::Done);
+    if let Some(duty) = mine {
+        finish_duty(context, vm, known, journal, point, duty, adopted.as_ref()).await?;
+    }
+    clean(context, vm, &known.duties).await
+}
+
+async fn finish_duty(
+    context: &JobContext,
+    vm: &VmKey,
+    known: &rpc::AskReply,
+    journal: &Journal,
+    point: PointId,
+    duty: &rpc::Duty,
+    adopted: Option<&Adopted>,
+) -> Result<(), JobError> {
+    let bound = known.binding.as_ref().map(|b| b.reference_point_id.clone()).filter(|b| !b.is_empty());
+    let checkpoints = context.hypervisor.checkpoints(vm.guid).await?;
+    let points = context.hypervisor.reference_points(vm.guid).await?;
+    let checkpoint = checkpoints.iter().find(|c| leftovers::names(duty, c));
+    let before = adopted.and_then(|a| a.before_conversion.clone());
+    let manifest_id = adopted.and_then(|a| a.manifest);
+    let older = || match &before {
+        Some(before) => before.bound.clone(),
+        None => bound.clone(),
+    };
+    let manifest = match manifest_id {
+        Some(id) => match capture::fetch_manifest(context, id).await {
+            // Only the manifest that was committed will do.
+            Ok(manifest) if manifest.point == point => Some((id, manifest)),
+            _ => None,
+        },
+        None => None,
+    };
+    match (checkpoint, manifest) {
+        // Not converted yet.
+        (Some(checkpoint), Some((manifest_id, manifest))) if manifest.checkpoint == checkpoint.id => {
+            let mut writer = JournalWriter::after(
+                journal,
+                context.store.clone(),
+                context.sealer.clone(),
+                context.lease.job(),
+                checkpoint.id,
+                context.lease.epoch(),
+            );
+            let older = older();
+            let work =
+                HandOver { vm, point, manifest_id, manifest: &manifest, duty: duty.clone(), older };
+            return convert_and_bind(context, work, checkpoint, &mut writer).await;
+        }
+        // The reference point is known to come from this duty's checkpoint.
+        (None, Some((manifest_id, manifest))) if duty.state() == DutyState::Converted => {
+            let named = points.iter().find(|p| p.id.eq_ignore_ascii_case(&duty.reference_point_id));
+            if let Some(named) = named {
+                let older = older();
+                let work =
+                    HandOver { vm, point, manifest_id, manifest: &manifest, duty: duty.clone(), older };
+                return bind(context, &work, named).await;
+            }
+        }
+        _ => {}
+    }
+    // The base stays what it was: the next run decides by the base rule.
+    if let Some(before) = &before {
+        remove_unknown(context, vm, before, &points, bound.as_deref()).await?;
+    }
+    Ok(())
+}
+
+/// A reference point that appeared since the conversion began, and that nobody recorded, is of unknown origin. Exactly one
+/// is taken for our own conversion's and removed; among several ours cannot be told.
+async fn remove_unknown(
+    context: &JobContext,
+    vm: &VmKey,
+    before: &BeforeConversion,
+    points: &[ReferencePoint],
+    bound: Option<&str>,
+) -> Result<(), JobError> {
+    let known: HashSet<String> = before.all.iter().map(|id| id.to_ascii_lowercase()).collect();
+    let is_bound = |p: &ReferencePoint| bound.is_some_and(|b| p.id.eq_ignore_ascii_case(b));
+    let unknown: Vec<&ReferencePoint> =
+        points.iter().filter(|p| !known.contains(&p.id.to_ascii_lowercase()) && !is_bound(p)).collect();
+    match unknown.as_slice() {
+        [] => {}
+        [point] => {
+            tracing::info!(reference_point = point.id, "removing an unbound reference point of an interrupted hand-over");
+            context.hypervisor.destroy_reference_point(&context.lease, vm.guid, point).await?;
+        }
+        several => tracing::warn!(
+            count = several.len(),
+            "several reference points appeared during an interrupted hand-over; none is touched"
+        ),
+    }
+    Ok(())
+}
+
+async fn convert_and_bind(
+    context: &JobContext,
+    work: HandOver<'_>,
+    checkpoint: &Checkpoint,
+    journal: &mut JournalWriter,
+) -> Result<(), JobError> {
+    context.lease.wait_to_mutate().await?;
+    let existing = context.hypervisor.reference_points(work.vm.guid).await?;
+    journal
+        .append(&JournalEntry::Converting {
+            reference_points: existing.iter().map(|p| p.id.clone()).collect(),
+            bound: work.older.clone().unwrap_or_default(),
+        })
+        .await?;
+    let point = match context.hypervisor.convert(&context.lease, work.vm.guid, checkpoint).await {
+        Ok(point) => point,
+        Err(HypervisorError::CheckpointGone { checkpoint }) => {
+            tracing::warn!(checkpoint, "the checkpoint is gone: the base stays what it was");
+            let points = context.hypervisor.reference_points(work.vm.guid).await?;
+            let before = BeforeConversion {
+                all: existing.iter().map(|p| p.id.clone()).collect(),
+                bound: work.older.clone(),
+            };
+            return remove_unknown(context, work.vm, &before, &points, work.older.as_deref()).await;
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let duty = update_duty(context, &work.duty, DutyState::Converted, None, Some(&point.id)).await?;
+    bind(context, &HandOver { duty, ..work }, &point).await
+}
+
+async fn bind(context: &JobContext, work: &HandOver<'_>, point: &ReferencePoint) -> Result<(), JobError> {
+    context.lease.check()?;
+    let disks = work.manifest.disks.iter().map(|d| BoundDisk {
+        disk: d.disk_id,
+        size: d.size,
+        slot: d.slot.clone(),
+        rct_id: point.tracking_of(&d.slot).unwrap_or_default().to_owned(),
+    });
+    let binding = Binding {
+        point: work.point,
+        manifest: work.manifest_id,
+        reference_point: point.id.clone(),
+        disks: disks.collect(),
+        tracking_unproven: false,
+    };
+    let reply = context
+        .coordinator
+        .bind(rpc::BindRequest {
+            job_id: context.lease.job().to_string(),
+            lease_epoch: context.lease.epoch().0,
+            binding: Some((&binding).into()),
+        })
+        .await?;
+    if !reply.bound {
+        // Restored or reverted meanwhile: nothing may start from it.
+        tracing::warn!(reason = reply.reason, "the new reference point was not bound; it is removed");
+        context.hypervisor.destroy_reference_point(&context.lease, work.vm.guid, point).await?;
+        return Ok(());
+    }
+    if let Some(older) = work.older.as_deref().filter(|o| !o.eq_ignore_ascii_case(&point.id)) {
+        let points = context.hypervisor.reference_points(work.vm.guid).await?;
+        leftovers::remove_point(context, work.vm.guid, &points, older).await?;
+    }
+    Ok(())
+}
+
+/// Ends all open duties of the VM and waits until nothing of ours is left and the merge is done.
+async fn clean(context: &JobContext, vm: &VmKey, known: &[rpc::Duty]) -> Result<(), JobError> {
+    context.phase("verifying that the host is clean");
+    let ask = rpc::AskRequest { job_id: context.lease.job().to_string(), vm: Some(vm.into()) };
+    let now = context.coordinator.ask(ask).await?;
+    let duties: Vec<rpc::Duty> = if now.duties.is_empty() { known.to_vec() } else { now.duties.clone() };
+    let job = context.lease.job().to_string();
+    let (mine, others): (Vec<rpc::Duty>, Vec<rpc::Duty>) =
+        duties.into_iter().filter(|d| d.state() != DutyState::Done).partition(|d| d.job_id == job);
+    leftovers::clear(context, vm.guid, &others, now.binding.as_ref(), None).await?;
+    wait_for_merge(context, vm).await?;
+    leftovers::clear(context, vm.guid, &mine, now.binding.as_ref(), None).await
+}
+
+async fn wait_for_merge(context: &JobContext, vm: &VmKey) -> Result<(), JobError> {
+    let until = Instant::now() + context.times.merge_wait;
+    let mut backoff =
+        Backoff::new(context.times.busy_first, context.times.busy_ceiling, Backoff::any_seed());
+    loop {
+        context.lease.check()?;
+        let state = context.hypervisor.vm(vm.guid).await?;
+        let ours = |path: &str| path.to_ascii_lowercase().ends_with(".avhdx");
+        let merging = state.is_merging();
+        if !merging {
+            return Ok(());
+        }
+        let pause = backoff.next_wait();
+        if Instant::now() + pause >= until {
+            let open = state.vm.disks.iter().filter(|d| ours(&d.path)).count();
+            return Err(JobError::Hypervisor(HypervisorError::TooLong {
+                doing: format!("merge the checkpoint of VM {:?} ({open} disks still on a child file)", state.vm.name),
+                waited: context.times.merge_wait,
+            }));
+        }
+        tokio::time::sleep(pause).await;
+    }
+}

@@ -1,0 +1,99 @@
+//! What earlier attempts and jobs left at the hypervisor, and its removal.
+//!
+//! Ours is: a checkpoint that carries a name of ours, or that an open duty names by GUID; a reference point that an open
+//! duty names and that is not bound. One case is told by circumstance: the duty was recorded, the checkpoint was made, and
+//! we died before it was named. A duty is recorded only while the VM has no recovery checkpoint that is not ours (the
+//! precheck refuses others'), and another product's checkpoint cannot be made beside ours. So if a duty is still
+//! *recorded* and exactly one nameless recovery checkpoint exists, it is taken for ours and removed (nothing was read from
+//! it). If there are several, none is touched, and the duty stays open for an operator to see.
+
+use outrider_proto::ids::{VmGuid, VmKey};
+use outrider_proto::rpc::{self, DutyState};
+
+use super::checkpoint::{is_ours, update_duty};
+use super::{JobContext, JobError, Outcome};
+use crate::hypervisor::{Checkpoint, HypervisorError, ReferencePoint};
+
+/// A cleanup job: nothing but the removal of what open duties name.
+pub(super) async fn run(
+    context: &JobContext,
+    message: &rpc::JobLease,
+    vm: VmKey,
+    work: &rpc::CleanupWork,
+) -> Outcome {
+    tracing::info!(why = work.why, "cleaning up");
+    context.phase("cleaning up");
+    let ask = rpc::AskRequest { job_id: context.lease.job().to_string(), vm: message.vm.clone() };
+    let known = match context.coordinator.ask(ask).await {
+        Ok(known) => known,
+        Err(e) => return Outcome::failed(e.into(), false),
+    };
+    match clear(context, vm.guid, &known.duties, known.binding.as_ref(), None).await {
+        Ok(()) => Outcome { data_safe: true, host_clean: true, ..Outcome::default() },
+        Err(e) => Outcome::failed(e, false),
+    }
+}
+
+/// Removes what `duties` and names of ours point to, except the checkpoint `keep`, and ends the duties.
+pub(super) async fn clear(
+    context: &JobContext,
+    vm: VmGuid,
+    duties: &[rpc::Duty],
+    binding: Option<&rpc::Binding>,
+    keep: Option<&Checkpoint>,
+) -> Result<(), JobError> {
+    context.lease.wait_to_mutate().await?;
+    let mut checkpoints = context.hypervisor.checkpoints(vm).await?;
+    checkpoints.retain(|c| keep.is_none_or(|k| k.id != c.id));
+    let points = context.hypervisor.reference_points(vm).await?;
+    let bound = binding.map(|b| b.reference_point_id.as_str()).unwrap_or_default();
+    let open: Vec<&rpc::Duty> = duties.iter().filter(|d| d.state() != DutyState::Done).collect();
+
+    let nameless: Vec<&Checkpoint> = checkpoints.iter().filter(|c| !is_ours(c) && !named_by(c, &open)).collect();
+    let unnamed_is_ours = nameless.len() == 1 && open.iter().any(|d| d.state() == DutyState::Recorded);
+    if nameless.len() > 1 && open.iter().any(|d| d.state() == DutyState::Recorded) {
+        tracing::warn!(%vm, count = nameless.len(), "several recovery checkpoints without a name of ours: none is touched");
+    }
+    for checkpoint in &checkpoints {
+        if is_ours(checkpoint) || named_by(checkpoint, &open) || unnamed_is_ours {
+            tracing::warn!(checkpoint = checkpoint.name, "removing a checkpoint that an earlier attempt left");
+            context.hypervisor.destroy_checkpoint(&context.lease, vm, checkpoint).await?;
+        }
+    }
+    for duty in open {
+        if keep.is_some_and(|k| names(duty, k)) {
+            continue;
+        }
+        if !duty.reference_point_id.is_empty() && !duty.reference_point_id.eq_ignore_ascii_case(bound) {
+            remove_point(context, vm, &points, &duty.reference_point_id).await?;
+        }
+        update_duty(context, duty, DutyState::Done, None, None).await?;
+    }
+    Ok(())
+}
+
+fn named_by(checkpoint: &Checkpoint, duties: &[&rpc::Duty]) -> bool {
+    duties.iter().any(|d| names(d, checkpoint))
+}
+
+/// Whether a duty names this checkpoint.
+pub(super) fn names(duty: &rpc::Duty, checkpoint: &Checkpoint) -> bool {
+    (!duty.checkpoint_id.is_empty() && duty.checkpoint_id == checkpoint.id.to_string())
+        || (!duty.checkpoint_name.is_empty() && duty.checkpoint_name == checkpoint.name)
+}
+
+/// Removes a reference point of ours by its id, if it is still there.
+pub(super) async fn remove_point(
+    context: &JobContext,
+    vm: VmGuid,
+    points: &[ReferencePoint],
+    id: &str,
+) -> Result<(), HypervisorError> {
+    match points.iter().find(|p| p.id.eq_ignore_ascii_case(id)) {
+        Some(point) => {
+            tracing::info!(reference_point = point.id, "removing a reference point of ours that is not bound");
+            context.hypervisor.destroy_reference_point(&context.lease, vm, point).await
+        }
+        None => Ok(()),
+    }
+}

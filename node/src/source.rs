@@ -1,0 +1,129 @@
+//! The disks that a job has open: read through the host's files, and provably closed.
+//!
+//! The hypervisor cannot merge what somebody holds open (facts, rule 6), and a host that lost its lease must be able to
+//! say that it closed everything. So open disks are counted: [`Sources::close`] returns when the last handle, also one
+//! in a read that was under way on another thread, is gone.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use outrider_disk::block_file::ByteSource;
+use outrider_disk::{DiskChain, DiskError, DiskInfo, RangeSet, ReadDisk};
+use outrider_wmi::files::{HostFile, HostFiles};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+/// Opens disks for one job and knows when all are closed.
+#[derive(Clone)]
+pub struct Sources {
+    files: Arc<dyn HostFiles>,
+    open: TaskTracker,
+}
+
+/// An open source disk. Dropping the last clone closes its files.
+pub struct SourceDisk {
+    chain: DiskChain,
+    // After `chain`, so that the files are closed when it is dropped.
+    _open: TaskTrackerToken,
+}
+
+impl Sources {
+    /// No disk is open.
+    #[must_use]
+    pub fn new(files: Arc<dyn HostFiles>) -> Self {
+        Self { files, open: TaskTracker::new() }
+    }
+
+    /// Opens a disk with its parents. Blocks.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn open(&self, leaf: &Path) -> Result<SourceDisk, DiskError> {
+        let open = self.open.token();
+        let files = self.files.clone();
+        let chain = DiskChain::open_with(leaf, &|path: &Path| {
+            let file = files.open_read(path)?;
+            Ok(Arc::new(HostSource { path: path.to_owned(), file }) as Arc<dyn ByteSource>)
+        })?;
+        Ok(SourceDisk { chain, _open: open })
+    }
+
+    /// Reads a whole small file (configuration). Blocks.
+    ///
+    /// # Errors
+    /// I/O errors; [`io::ErrorKind::FileTooLarge`] beyond `limit` bytes.
+    pub fn read_file(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+        let _open = self.open.token();
+        let file = self.files.open_read(path)?;
+        let length = file.len()?;
+        if length > limit {
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("{} has {length} bytes, more than the {limit} expected", path.display()),
+            ));
+        }
+        let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+        read_exact(&*file, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Waits until everything opened here is closed. The holders have to let go by themselves.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn close(&self) {
+        self.open.close();
+        self.open.wait().await;
+    }
+}
+
+impl ReadDisk for SourceDisk {
+    fn info(&self) -> &DiskInfo {
+        self.chain.info()
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        self.chain.read_at(offset, buf)
+    }
+    fn allocated(&self) -> Result<RangeSet, DiskError> {
+        self.chain.allocated()
+    }
+}
+
+impl SourceDisk {
+    /// The files of the chain, leaf first.
+    #[must_use]
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.chain.files()
+    }
+}
+
+struct HostSource {
+    path: PathBuf,
+    file: Arc<dyn HostFile>,
+}
+
+impl ByteSource for HostSource {
+    fn size(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        read_exact(&*self.file, offset, buf).map_err(|e| {
+            io::Error::new(e.kind(), format!("reading {} at {offset}: {e}", self.path.display()))
+        })
+    }
+}
+
+fn read_exact(file: &dyn HostFile, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < buf.len() {
+        match file.read_at(&mut buf[done..], offset + done as u64) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => done += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
