@@ -175,7 +175,9 @@ impl<'de> Deserialize<'de> for ByteCount {
         match Form::deserialize(deserializer)? {
             Form::Number(n) => Ok(Self(n)),
             Form::Text(text) => parse_bytes(&text).map(Self).ok_or_else(|| {
-                serde::de::Error::custom(format!("{text:?} is no size: write for example \"4 MiB\""))
+                serde::de::Error::custom(format!(
+                    "{text:?} is no size: write for example \"4 MiB\""
+                ))
             }),
         }
     }
@@ -218,7 +220,11 @@ mod tests {
             merge_wait = "5s"
         "#;
         let parse = |text: &str| {
-            outrider_process::config::parse::<Config>(std::path::Path::new("node.toml"), text, |_| None)
+            outrider_process::config::parse::<Config>(
+                std::path::Path::new("node.toml"),
+                text,
+                |_| None,
+            )
         };
         let config = parse(text).expect("a valid file");
         assert_eq!(config.limits.read_size, ByteCount(1 << 20));

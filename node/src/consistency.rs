@@ -99,27 +99,43 @@ pub fn plan(state: &VmState, want: Wanted) -> Result<Plan, NoWay> {
             "it is a replica",
             "protect the primary VM, or accept crash consistency",
         ),
-        Power::Off => {
-            (vec![way(false, Consistency::Off, "the VM was off")], "it is off", "accept the consistency of a VM that is off")
-        }
+        Power::Off => (
+            vec![way(false, Consistency::Off, "the VM was off")],
+            "it is off",
+            "accept the consistency of a VM that is off",
+        ),
         Power::Saved => (
-            vec![way(false, Consistency::SavedState, "the VM was saved, its memory is part of the point")],
+            vec![way(
+                false,
+                Consistency::SavedState,
+                "the VM was saved, its memory is part of the point",
+            )],
             "it is saved",
             "start it, or accept a saved state",
         ),
         Power::Paused => (
-            vec![way(false, Consistency::Crash, "the VM was paused: no code runs in it that could prepare it")],
+            vec![way(
+                false,
+                Consistency::Crash,
+                "the VM was paused: no code runs in it that could prepare it",
+            )],
             "it is paused",
             "resume it, or accept crash consistency",
         ),
         Power::Running | Power::Other => {
             let crash = |reason| way(false, Consistency::Crash, reason);
-            if rank(want.wanted) <= rank(Consistency::Crash) && want.wanted != Consistency::Unspecified {
+            if rank(want.wanted) <= rank(Consistency::Crash)
+                && want.wanted != Consistency::Unspecified
+            {
                 (vec![crash("the group asks for no more")], "", "")
             } else if state.guest_quiesce {
                 (
                     vec![
-                        way(true, Consistency::Application, "the guest's writers were brought to rest"),
+                        way(
+                            true,
+                            Consistency::Application,
+                            "the guest's writers were brought to rest",
+                        ),
                         crash("the guest could not bring its data to rest"),
                     ],
                     "the guest could not bring its data to rest",
@@ -181,9 +197,13 @@ pub(crate) mod tests {
     #[test]
     fn a_healthy_guest_is_quiesced_and_falls_back_only_as_far_as_allowed() {
         let running = state(Power::Running, true);
-        let plan_of = |minimum| plan(&running, want(Consistency::Application, minimum)).expect("a way");
+        let plan_of =
+            |minimum| plan(&running, want(Consistency::Application, minimum)).expect("a way");
         let gives = |p: Plan| p.ways.iter().map(|w| w.gives).collect::<Vec<_>>();
-        assert_eq!(gives(plan_of(Consistency::Crash)), [Consistency::Application, Consistency::Crash]);
+        assert_eq!(
+            gives(plan_of(Consistency::Crash)),
+            [Consistency::Application, Consistency::Crash]
+        );
         assert_eq!(gives(plan_of(Consistency::Application)), [Consistency::Application]);
     }
 
@@ -199,14 +219,21 @@ pub(crate) mod tests {
     #[test]
     fn a_vm_that_is_off_needs_no_guest() {
         let off = state(Power::Off, false);
-        let ways = plan(&off, want(Consistency::Application, Consistency::Application)).expect("a way").ways;
+        let ways = plan(&off, want(Consistency::Application, Consistency::Application))
+            .expect("a way")
+            .ways;
         assert_eq!(ways[0].gives, Consistency::Off);
         assert!(!ways[0].quiesce);
     }
 
     #[test]
     fn text_forms_round_trip() {
-        for c in [Consistency::Crash, Consistency::Application, Consistency::Off, Consistency::SavedState] {
+        for c in [
+            Consistency::Crash,
+            Consistency::Application,
+            Consistency::Off,
+            Consistency::SavedState,
+        ] {
             assert_eq!(from_text(text(c)), c);
         }
     }

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use outrider_process::leader::LeaderClient;
+use outrider_process::telemetry::propagate::InjectTrace;
 use outrider_proto::error_code::Class;
 use outrider_proto::rpc::agent_client::AgentClient;
 use outrider_proto::rpc::{
@@ -11,8 +13,6 @@ use outrider_proto::rpc::{
     RaiseIncarnationRequest, RecordDutyRequest, UpdateDutyRequest,
 };
 use outrider_proto::{error_code, status};
-use outrider_process::leader::LeaderClient;
-use outrider_process::telemetry::propagate::InjectTrace;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -58,8 +58,10 @@ pub trait Coordinator: Send + Sync + 'static {
     /// What is known of the VM and the job.
     async fn ask(&self, request: AskRequest) -> Result<AskReply, CoordinatorError>;
     /// Clears the bindings, before a disk is written by us; gives the new incarnation.
-    async fn raise_incarnation(&self, request: RaiseIncarnationRequest)
-    -> Result<u64, CoordinatorError>;
+    async fn raise_incarnation(
+        &self,
+        request: RaiseIncarnationRequest,
+    ) -> Result<u64, CoordinatorError>;
     /// Ends the attempt.
     async fn finish(&self, request: FinishRequest) -> Result<(), CoordinatorError>;
 }
@@ -93,7 +95,8 @@ impl GrpcCoordinator {
         let answer = self
             .leader
             .call(self.patience, |channel| {
-                let call = call(AgentClient::with_interceptor(channel, InjectTrace), request.clone());
+                let call =
+                    call(AgentClient::with_interceptor(channel, InjectTrace), request.clone());
                 async move { call.await.map(tonic::Response::into_inner) }
             })
             .await;
@@ -105,7 +108,9 @@ fn classify(doing: &'static str, failure: &Status) -> CoordinatorError {
     let reason = failure.message().to_owned();
     let class = status::detail(failure).and_then(|d| error_code::find(&d.code)).map(|c| c.class);
     match (class, failure.code()) {
-        (Some(Class::Superseded), _) | (None, Code::Aborted) => CoordinatorError::Superseded { reason },
+        (Some(Class::Superseded), _) | (None, Code::Aborted) => {
+            CoordinatorError::Superseded { reason }
+        }
         (Some(Class::Retry), _)
         | (None, Code::Unavailable | Code::DeadlineExceeded | Code::Unknown | Code::Cancelled) => {
             CoordinatorError::Unavailable { doing, reason }
@@ -118,30 +123,37 @@ fn classify(doing: &'static str, failure: &Status) -> CoordinatorError {
 impl Coordinator for GrpcCoordinator {
     async fn record_duty(&self, request: RecordDutyRequest) -> Result<Duty, CoordinatorError> {
         const DOING: &str = "record the duty to remove a checkpoint";
-        let reply = self
-            .call(DOING, request, |mut c, q| async move { c.record_duty(q).await })
-            .await?;
-        reply.duty.ok_or(CoordinatorError::Refused { doing: DOING, reason: "no duty in its answer".into() })
+        let reply =
+            self.call(DOING, request, |mut c, q| async move { c.record_duty(q).await }).await?;
+        reply.duty.ok_or(CoordinatorError::Refused {
+            doing: DOING,
+            reason: "no duty in its answer".into(),
+        })
     }
 
     async fn update_duty(&self, request: UpdateDutyRequest) -> Result<Duty, CoordinatorError> {
         const DOING: &str = "update a duty";
-        let reply = self
-            .call(DOING, request, |mut c, q| async move { c.update_duty(q).await })
-            .await?;
-        reply.duty.ok_or(CoordinatorError::Refused { doing: DOING, reason: "no duty in its answer".into() })
+        let reply =
+            self.call(DOING, request, |mut c, q| async move { c.update_duty(q).await }).await?;
+        reply.duty.ok_or(CoordinatorError::Refused {
+            doing: DOING,
+            reason: "no duty in its answer".into(),
+        })
     }
 
     async fn commit(&self, request: CommitRequest) -> Result<CommitReply, CoordinatorError> {
-        self.call("commit a recovery point", request, |mut c, q| async move { c.commit(q).await }).await
+        self.call("commit a recovery point", request, |mut c, q| async move { c.commit(q).await })
+            .await
     }
 
     async fn bind(&self, request: BindRequest) -> Result<BindReply, CoordinatorError> {
-        self.call("bind a reference point", request, |mut c, q| async move { c.bind(q).await }).await
+        self.call("bind a reference point", request, |mut c, q| async move { c.bind(q).await })
+            .await
     }
 
     async fn ask(&self, request: AskRequest) -> Result<AskReply, CoordinatorError> {
-        self.call("tell what is known of a VM", request, |mut c, q| async move { c.ask(q).await }).await
+        self.call("tell what is known of a VM", request, |mut c, q| async move { c.ask(q).await })
+            .await
     }
 
     async fn raise_incarnation(

@@ -42,7 +42,9 @@ pub enum NodeError {
     #[error("the hypervisor of this host cannot be used: {0}")]
     Hypervisor(#[source] WmiError),
     /// No transport to Hyper-V in this build.
-    #[error("hypervisor = \"hyperv\" needs Windows with the Hyper-V role; on another system use hypervisor = \"lab\"")]
+    #[error(
+        "hypervisor = \"hyperv\" needs Windows with the Hyper-V role; on another system use hypervisor = \"lab\""
+    )]
     NoHyperV,
     /// The client of the storage tier cannot be started.
     #[error("the client of the storage tier cannot be started: {0}")]

@@ -264,10 +264,16 @@ pub trait Hypervisor: Send + Sync + 'static {
     ) -> Result<Checkpoint, HypervisorError>;
 
     /// The frozen disks of a checkpoint, in slot order.
-    async fn checkpoint_disks(&self, checkpoint: &Checkpoint) -> Result<Vec<FrozenDisk>, HypervisorError>;
+    async fn checkpoint_disks(
+        &self,
+        checkpoint: &Checkpoint,
+    ) -> Result<Vec<FrozenDisk>, HypervisorError>;
 
     /// The configuration files of a checkpoint.
-    async fn checkpoint_config(&self, checkpoint: &Checkpoint) -> Result<Vec<PathBuf>, HypervisorError>;
+    async fn checkpoint_config(
+        &self,
+        checkpoint: &Checkpoint,
+    ) -> Result<Vec<PathBuf>, HypervisorError>;
 
     /// What changed on a disk since the point in time that the tracking id stands for.
     ///

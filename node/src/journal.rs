@@ -60,7 +60,11 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError::Store`].
-    pub async fn read(store: &dyn JobStore, sealer: &Sealer, job: JobId) -> Result<Self, JournalError> {
+    pub async fn read(
+        store: &dyn JobStore,
+        sealer: &Sealer,
+        job: JobId,
+    ) -> Result<Self, JournalError> {
         let named = store.list_named(Space::Journal, &job.to_bytes()).await?;
         let mut entries = Vec::with_capacity(named.len());
         for record in named {

@@ -9,8 +9,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use outrider_proto::ids::{JobId, LeaseEpoch};
 use outrider_process::clock::Clock;
+use outrider_proto::ids::{JobId, LeaseEpoch};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -41,13 +41,17 @@ pub enum LeaseLost {
         reason: String,
     },
     /// The old host has not said yet that it closed its handles.
-    #[error("job {job} may read but not change anything yet: the host that worked on it before has not closed its files")]
+    #[error(
+        "job {job} may read but not change anything yet: the host that worked on it before has not closed its files"
+    )]
     PredecessorOpen {
         /// Job.
         job: JobId,
     },
     /// No heartbeat was answered since the lease arrived.
-    #[error("job {job} may read but not change anything yet: its lease was not confirmed by the answer to a heartbeat")]
+    #[error(
+        "job {job} may read but not change anything yet: its lease was not confirmed by the answer to a heartbeat"
+    )]
     NeverRenewed {
         /// Job.
         job: JobId,

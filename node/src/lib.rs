@@ -17,6 +17,8 @@ pub mod config;
 pub mod consistency;
 pub mod coordinator_client;
 pub mod error;
+#[cfg(any(test, feature = "fakes"))]
+pub mod fakes;
 pub mod hypervisor;
 pub mod job;
 pub mod journal;

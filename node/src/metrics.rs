@@ -42,9 +42,21 @@ impl NodeMetrics {
         r.register("vms", "VMs of this host", all.vms.clone());
         r.register("jobs_running", "Jobs at work on this host", all.jobs_running.clone());
         r.register("attached", "Whether the agent is attached to a leader", all.attached.clone());
-        r.register("jobs_good", "Attempts that ended with data safe and host clean", all.jobs_good.clone());
-        r.register("jobs_bad", "Attempts that failed or left the host unclean", all.jobs_bad.clone());
-        r.register("leases_lost", "Leases that ended in the middle of a job", all.leases_lost.clone());
+        r.register(
+            "jobs_good",
+            "Attempts that ended with data safe and host clean",
+            all.jobs_good.clone(),
+        );
+        r.register(
+            "jobs_bad",
+            "Attempts that failed or left the host unclean",
+            all.jobs_bad.clone(),
+        );
+        r.register(
+            "leases_lost",
+            "Leases that ended in the middle of a job",
+            all.leases_lost.clone(),
+        );
         r.register("read_bytes", "Bytes read from source disks", all.read_bytes.clone());
         r.register("sent_bytes", "Sealed bytes sent to storage", all.sent_bytes.clone());
         r.register("known_bytes", "Plain bytes that storage had already", all.known_bytes.clone());

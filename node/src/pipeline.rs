@@ -38,8 +38,8 @@ use outrider_proto::record::{Kind, Record};
 use outrider_proto::seal::{SealError, Sealer};
 use outrider_proto::wire::DecodeError;
 
-pub(crate) use parent::fetch_page;
 pub use parent::ParentTree;
+pub(crate) use parent::fetch_page;
 pub use plan::DiskPlan;
 pub use pool::{Pool, PoolError};
 pub use stats::{Stats, StatsSnapshot};
@@ -182,7 +182,12 @@ impl Pipeline {
             .iter()
             .map(|d| {
                 let root = d.plan.parent_root();
-                tokio::sync::Mutex::new(ParentTree::new(store.clone(), sealer.clone(), root, d.plan.root_level()))
+                tokio::sync::Mutex::new(ParentTree::new(
+                    store.clone(),
+                    sealer.clone(),
+                    root,
+                    d.plan.root_level(),
+                ))
             })
             .collect();
         let state = State { leaves: vec![BTreeMap::new(); disks.len()], ..State::default() };
@@ -204,7 +209,11 @@ impl Pipeline {
 
     /// Writes finished leaves to this journal, and takes what it holds already.
     #[must_use]
-    pub fn with_journal(mut self, journal: SharedJournal, journalled: HashMap<(usize, u64), ChunkId>) -> Self {
+    pub fn with_journal(
+        mut self,
+        journal: SharedJournal,
+        journalled: HashMap<(usize, u64), ChunkId>,
+    ) -> Self {
         self.journal = Some(journal);
         self.journalled = journalled;
         self

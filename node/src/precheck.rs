@@ -36,12 +36,16 @@ pub struct Situation<'a> {
 pub fn check(state: &VmState, situation: Situation<'_>) -> (Option<Obstacle>, Vec<String>) {
     let vm = &state.vm;
     let mut warnings = Vec::new();
-    let obstacle = |code, passes, sentence: String| (Some(Obstacle { code, sentence, passes }), Vec::new());
+    let obstacle =
+        |code, passes, sentence: String| (Some(Obstacle { code, sentence, passes }), Vec::new());
     if !vm.realized {
         return obstacle(
             error_code::CHECKPOINT_FAILED,
             true,
-            format!("VM {:?} is only planned on this host: a migration is under way; the run is repeated after it", vm.name),
+            format!(
+                "VM {:?} is only planned on this host: a migration is under way; the run is repeated after it",
+                vm.name
+            ),
         );
     }
     if state.is_migrating() {
@@ -129,7 +133,11 @@ mod tests {
     use crate::hypervisor::{DiskSeen, Power, VmState};
     use outrider_proto::ids::CheckpointId;
 
-    fn obstacle(state: &VmState, require_all_disks: bool, foreign: &[Checkpoint]) -> Option<Obstacle> {
+    fn obstacle(
+        state: &VmState,
+        require_all_disks: bool,
+        foreign: &[Checkpoint],
+    ) -> Option<Obstacle> {
         check(state, Situation { foreign, require_all_disks, disk_bytes: 100 << 30 }).0
     }
 
@@ -144,7 +152,11 @@ mod tests {
         vm.volumes = vec![("/csv/v1".into(), 4 << 30)];
         let found = obstacle(&vm, false, &[]).expect("too little for 100 GiB of disks");
         assert_eq!(found.code, error_code::LOW_SPACE);
-        assert!(found.sentence.contains("/csv/v1") && found.sentence.contains("5120 MiB"), "{}", found.sentence);
+        assert!(
+            found.sentence.contains("/csv/v1") && found.sentence.contains("5120 MiB"),
+            "{}",
+            found.sentence
+        );
     }
 
     #[test]
@@ -166,8 +178,11 @@ mod tests {
 
     #[test]
     fn another_products_checkpoint_is_waited_for_and_never_touched() {
-        let foreign =
-            [Checkpoint { id: CheckpointId::random(), name: "Other 7".into(), path: String::new() }];
+        let foreign = [Checkpoint {
+            id: CheckpointId::random(),
+            name: "Other 7".into(),
+            path: String::new(),
+        }];
         let found = obstacle(&state(Power::Running, true), false, &foreign).expect("an obstacle");
         assert!(found.passes && found.sentence.contains("Other 7"));
     }

@@ -45,7 +45,8 @@ pub struct Reader {
 /// # Errors
 /// [`RestoreError`].
 pub async fn fetch_manifest(reader: &Reader, id: ChunkId) -> Result<Manifest, RestoreError> {
-    let record = reader.store.get(&[id]).await?.pop().ok_or(crate::store::StoreError::Missing { id })?;
+    let record =
+        reader.store.get(&[id]).await?.pop().ok_or(crate::store::StoreError::Missing { id })?;
     Ok(Manifest::open(&reader.sealer, &record)?)
 }
 
@@ -54,7 +55,11 @@ pub async fn fetch_manifest(reader: &Reader, id: ChunkId) -> Result<Manifest, Re
 ///
 /// # Errors
 /// [`RestoreError`].
-pub async fn export_disks(reader: &Reader, manifest: &Manifest, dir: &Path) -> Result<Vec<PathBuf>, RestoreError> {
+pub async fn export_disks(
+    reader: &Reader,
+    manifest: &Manifest,
+    dir: &Path,
+) -> Result<Vec<PathBuf>, RestoreError> {
     let mut written = Vec::new();
     for (index, disk) in manifest.disks.iter().enumerate() {
         let path = dir.join(safe_name(&disk.file_name, &format!("disk{index}.vhdx")));
@@ -112,7 +117,9 @@ pub(crate) async fn run(
             restored_vm: Some(VmKey { realm: vm.realm, guid, role: VmRole::Primary }),
             ..Outcome::default()
         },
-        Err(e) => Outcome { data_safe: false, host_clean: true, error: Some(e), ..Outcome::default() },
+        Err(e) => {
+            Outcome { data_safe: false, host_clean: true, error: Some(e), ..Outcome::default() }
+        }
     }
 }
 
@@ -226,5 +233,9 @@ async fn config_bytes(reader: &Reader, file: &ConfigFile) -> Result<Vec<u8>, Res
         }
         bytes.extend_from_slice(&disk::open_chunk(reader, *id).await?);
     }
-    if bytes.len() as u64 == file.size { Ok(bytes) } else { Err(RestoreError::Configuration { name: file.name.clone() }) }
+    if bytes.len() as u64 == file.size {
+        Ok(bytes)
+    } else {
+        Err(RestoreError::Configuration { name: file.name.clone() })
+    }
 }

@@ -29,7 +29,9 @@ pub enum StoreError {
         reason: String,
     },
     /// No replica has a readable copy.
-    #[error("chunk {id:?} is on none of its storage nodes: start the nodes that are down, or use another recovery point")]
+    #[error(
+        "chunk {id:?} is on none of its storage nodes: start the nodes that are down, or use another recovery point"
+    )]
     Missing {
         /// Chunk.
         id: ChunkId,

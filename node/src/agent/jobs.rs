@@ -92,7 +92,8 @@ impl Jobs {
 
     /// Progress of the jobs whose progress changed.
     pub(super) fn progress(&mut self) -> Vec<rpc::JobProgress> {
-        let changed = self.running.iter_mut().filter(|(_, r)| r.progress.has_changed().unwrap_or(false));
+        let changed =
+            self.running.iter_mut().filter(|(_, r)| r.progress.has_changed().unwrap_or(false));
         changed
             .map(|(job, r)| {
                 let now = r.progress.borrow_and_update().clone();
@@ -149,13 +150,22 @@ impl Jobs {
             running.lease.end("superseded by a newer lease of this host");
             earlier = Some(running.done.clone());
         }
-        let lease =
-            Lease::granted(job, epoch, self.cutoff, message.predecessor_open, self.agent.clock.clone());
+        let lease = Lease::granted(
+            job,
+            epoch,
+            self.cutoff,
+            message.predecessor_open,
+            self.agent.clock.clone(),
+        );
         let (progress, progress_seen) = watch::channel(Progress::default());
         let (done, done_seen) = watch::channel(false);
-        self.running.insert(job, Running { lease: lease.clone(), progress: progress_seen, done: done_seen });
+        self.running.insert(
+            job,
+            Running { lease: lease.clone(), progress: progress_seen, done: done_seen },
+        );
         self.count();
-        let span = tracing::info_span!("job", %job, attempt = message.attempt, vm = message.vm_name);
+        let span =
+            tracing::info_span!("job", %job, attempt = message.attempt, vm = message.vm_name);
         propagate::set_parent(&span, &message.traceparent);
         let (agent, closed) = (self.agent.clone(), self.closed_in.clone());
         let task = async move {
@@ -179,7 +189,12 @@ impl Jobs {
 }
 
 /// Does the work of a lease and returns when all its files are closed.
-async fn work(agent: Arc<Agent>, message: rpc::JobLease, lease: Lease, progress: watch::Sender<Progress>) {
+async fn work(
+    agent: Arc<Agent>,
+    message: rpc::JobLease,
+    lease: Lease,
+    progress: watch::Sender<Progress>,
+) {
     let sources = Sources::new(agent.hypervisor.files());
     match context(&agent, &message, &lease, &sources, progress) {
         Err(e) => tracing::error!(error = %e, "a lease that cannot be understood was not begun"),

@@ -32,7 +32,11 @@ const DEFAULT_RENEW: Duration = Duration::from_secs(1);
 const PROGRESS: Duration = Duration::from_millis(500);
 
 /// Attaches to the leader for ever.
-pub(super) async fn serve(agent: &Arc<Agent>, tasks: &TaskGroup, readiness: &watch::Sender<Readiness>) {
+pub(super) async fn serve(
+    agent: &Arc<Agent>,
+    tasks: &TaskGroup,
+    readiness: &watch::Sender<Readiness>,
+) {
     let mut jobs = Jobs::new(agent.clone(), tasks.child("jobs"));
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE, Backoff::any_seed());
     loop {
@@ -123,10 +127,16 @@ async fn attach(
                     if !welcomed {
                         welcomed = true;
                         backoff.reset();
-                        tracing::info!(leader = agent.leader.target(), term = welcome.leader_term, "attached to the leader");
+                        tracing::info!(
+                            leader = agent.leader.target(),
+                            term = welcome.leader_term,
+                            "attached to the leader"
+                        );
                         // The old leader may have died before it noted them.
                         for closed in jobs.closed_lately() {
-                            if send(&stream_in, What::Closed(closed)).await.is_err() { return gone(); }
+                            if send(&stream_in, What::Closed(closed)).await.is_err() {
+                                return gone();
+                            }
                         }
                     }
                 }

@@ -49,7 +49,9 @@ pub enum HypervisorError {
         doing: String,
     },
     /// A job took too long.
-    #[error("the hypervisor did not finish to {doing} within {waited:?}; look at the VM on its host")]
+    #[error(
+        "the hypervisor did not finish to {doing} within {waited:?}; look at the VM on its host"
+    )]
     TooLong {
         /// What was wanted.
         doing: String,
@@ -122,15 +124,17 @@ pub fn meaning(code: u32) -> (&'static str, &'static str) {
         2 | 32768 => ("it failed", "look at the host's Hyper-V-VMMS event log"),
         3 | 32772 => ("it timed out", "check that the Virtual Machine Management service runs"),
         4 | 32773 => ("a parameter is wrong", "report this with the agent's log"),
-        5 | 32775 => {
-            ("the VM is in a state that does not allow it", "wait until migrations, merges and replication are done")
-        }
+        5 | 32775 => (
+            "the VM is in a state that does not allow it",
+            "wait until migrations, merges and replication are done",
+        ),
         32769 | 0x8007_0005 => {
             ("access denied", "run the agent as LocalSystem or as a Hyper-V administrator")
         }
-        32774 | 0x8007_0020 => {
-            ("the VM or a file of it is in use", "another backup, a merge or a virus scanner holds it; wait or exclude it")
-        }
+        32774 | 0x8007_0020 => (
+            "the VM or a file of it is in use",
+            "another backup, a merge or a virus scanner holds it; wait or exclude it",
+        ),
         32776 | 6 => ("a parameter has a wrong type", "report this with the agent's log"),
         32777 => ("the VM is not available", "wait until it is"),
         32778 => ("the host is out of memory", "free memory on the host"),

@@ -88,11 +88,17 @@ impl Hypervisor for HyperV {
         self.create_recovery_checkpoint(lease, vm, name, request).await
     }
 
-    async fn checkpoint_disks(&self, checkpoint: &Checkpoint) -> Result<Vec<FrozenDisk>, HypervisorError> {
+    async fn checkpoint_disks(
+        &self,
+        checkpoint: &Checkpoint,
+    ) -> Result<Vec<FrozenDisk>, HypervisorError> {
         self.frozen_disks(checkpoint).await
     }
 
-    async fn checkpoint_config(&self, checkpoint: &Checkpoint) -> Result<Vec<PathBuf>, HypervisorError> {
+    async fn checkpoint_config(
+        &self,
+        checkpoint: &Checkpoint,
+    ) -> Result<Vec<PathBuf>, HypervisorError> {
         self.config_files(checkpoint).await
     }
 

@@ -78,13 +78,18 @@ pub(super) async fn run(
 }
 
 /// Removes what the failed attempt made. The bound reference point stays what it was.
-async fn abandon(context: &JobContext, message: &rpc::JobLease, vm: &VmKey) -> Result<(), JobError> {
+async fn abandon(
+    context: &JobContext,
+    message: &rpc::JobLease,
+    vm: &VmKey,
+) -> Result<(), JobError> {
     let known = ask(context, message).await?;
     leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), None).await
 }
 
 async fn ask(context: &JobContext, message: &rpc::JobLease) -> Result<rpc::AskReply, JobError> {
-    let request = rpc::AskRequest { job_id: context.lease.job().to_string(), vm: message.vm.clone() };
+    let request =
+        rpc::AskRequest { job_id: context.lease.job().to_string(), vm: message.vm.clone() };
     Ok(context.coordinator.ask(request).await?)
 }
 
@@ -108,23 +113,46 @@ async fn steps(
         let open = match adoptable(context, vm, &known, &journal).await? {
             Some(open) => open,
             None => {
-                leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), None).await?;
+                leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), None)
+                    .await?;
                 let made = checkpoint::make(context, message, vm, work).await?;
                 warnings.extend(made.warnings.iter().cloned());
-                Open { checkpoint: made.checkpoint, duty: made.duty, origin: Origin::Made(made.how) }
+                Open {
+                    checkpoint: made.checkpoint,
+                    duty: made.duty,
+                    origin: Origin::Made(made.how),
+                }
             }
         };
         let binding = known.binding.as_ref().map(Binding::try_from).transpose()?;
-        let read = capture::run(context, message, vm, work, &open, binding.as_ref(), &journal, stats, warnings).await;
+        let read = capture::run(
+            context,
+            message,
+            vm,
+            work,
+            &open,
+            binding.as_ref(),
+            &journal,
+            stats,
+            warnings,
+        )
+        .await;
         match read {
             Ok(captured) => {
                 let committed = commit::run(context, message, vm, &open, captured, stats).await?;
                 // Nothing may hold a file of the checkpoint open when it is converted.
                 context.sources.close().await;
                 context.phase("handing over the base");
-                return Ok(handover::after_commit(context, vm, &open, committed, binding.as_ref(), &known)
-                    .await
-                    .err());
+                return Ok(handover::after_commit(
+                    context,
+                    vm,
+                    &open,
+                    committed,
+                    binding.as_ref(),
+                    &known,
+                )
+                .await
+                .err());
             }
             Err(e) if !e.is_superseded() && is_gone(context, vm, &open.checkpoint).await => {
                 lost += 1;
@@ -132,7 +160,10 @@ async fn steps(
                 if lost >= STARTS {
                     return Err(JobError::CheckpointGone { name: open.checkpoint.name.clone() });
                 }
-                warnings.push(format!("checkpoint {:?} went away while it was read; the run started over", open.checkpoint.name));
+                warnings.push(format!(
+                    "checkpoint {:?} went away while it was read; the run started over",
+                    open.checkpoint.name
+                ));
             }
             Err(e) => return Err(e),
         }
@@ -162,7 +193,9 @@ async fn adoptable(
     }
     let checkpoints = context.hypervisor.checkpoints(vm.guid).await?;
     for duty in mine {
-        let Some(checkpoint) = checkpoints.iter().find(|c| leftovers::names(duty, c)) else { continue };
+        let Some(checkpoint) = checkpoints.iter().find(|c| leftovers::names(duty, c)) else {
+            continue;
+        };
         if let Some(adopted) = journal.of(checkpoint.id) {
             tracing::info!(
                 checkpoint = checkpoint.name,

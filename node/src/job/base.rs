@@ -70,14 +70,20 @@ pub struct Known<'a> {
 pub fn plan_base(known: Known<'_>, disks: &[DiskFacts]) -> BasePlan {
     let everything = |kind, reason: &str| BasePlan {
         kind,
-        disks: disks.iter().map(|_| BaseDecision::Everything { reason: reason.to_owned() }).collect(),
+        disks: disks
+            .iter()
+            .map(|_| BaseDecision::Everything { reason: reason.to_owned() })
+            .collect(),
         reasons: vec![reason.to_owned()],
     };
     match known.wanted {
         BackupKind::Full => return everything(BackupKind::Full, "a full backup was asked for"),
         BackupKind::ConsistencyCheck => {
             let why = if known.why.is_empty() { "it was asked for" } else { known.why };
-            return everything(BackupKind::ConsistencyCheck, &format!("consistency check of all disks: {why}"));
+            return everything(
+                BackupKind::ConsistencyCheck,
+                &format!("consistency check of all disks: {why}"),
+            );
         }
         BackupKind::Incremental | BackupKind::Unspecified => {}
     }
@@ -94,7 +100,8 @@ pub fn plan_base(known: Known<'_>, disks: &[DiskFacts]) -> BasePlan {
         }
     }
     let any_changes = decisions.iter().any(|d| matches!(d, BaseDecision::Changes { .. }));
-    let kind = if any_changes || disks.is_empty() { BackupKind::Incremental } else { BackupKind::Full };
+    let kind =
+        if any_changes || disks.is_empty() { BackupKind::Incremental } else { BackupKind::Full };
     if binding.tracking_unproven {
         reasons.push("change tracking survived a host crash and is not proven yet".into());
     }
@@ -102,8 +109,11 @@ pub fn plan_base(known: Known<'_>, disks: &[DiskFacts]) -> BasePlan {
 }
 
 /// The one base that may be used, or why there is none.
-fn base_of<'a>(known: Known<'a>) -> Result<(&'a Binding, &'a ReferencePoint, &'a Manifest), String> {
-    let binding = known.binding.ok_or("no reference point is bound to a committed recovery point")?;
+fn base_of<'a>(
+    known: Known<'a>,
+) -> Result<(&'a Binding, &'a ReferencePoint, &'a Manifest), String> {
+    let binding =
+        known.binding.ok_or("no reference point is bound to a committed recovery point")?;
     let point = known
         .reference_points
         .iter()
@@ -114,7 +124,10 @@ fn base_of<'a>(known: Known<'a>) -> Result<(&'a Binding, &'a ReferencePoint, &'a
         return Err("the manifest of the bound recovery point is another point's".into());
     }
     if parent.incarnation != known.incarnation {
-        return Err("the VM's disks were restored, reverted or replaced since the bound recovery point".into());
+        return Err(
+            "the VM's disks were restored, reverted or replaced since the bound recovery point"
+                .into(),
+        );
     }
     if parent.chunk_size != known.chunk_size {
         return Err("the chunk size of the dedup domain changed".into());
@@ -122,7 +135,12 @@ fn base_of<'a>(known: Known<'a>) -> Result<(&'a Binding, &'a ReferencePoint, &'a
     Ok((binding, point, parent))
 }
 
-fn decide(disk: &DiskFacts, binding: &Binding, point: &ReferencePoint, parent: &Manifest) -> BaseDecision {
+fn decide(
+    disk: &DiskFacts,
+    binding: &Binding,
+    point: &ReferencePoint,
+    parent: &Manifest,
+) -> BaseDecision {
     let everything = |reason: &str| BaseDecision::Everything { reason: reason.to_owned() };
     // Equal disk ids in one VM (a copied disk) cannot be told apart.
     let mut bound_disks = binding.disks.iter().filter(|b| b.disk == disk.disk);
@@ -143,10 +161,9 @@ fn decide(disk: &DiskFacts, binding: &Binding, point: &ReferencePoint, parent: &
         return everything("it is not a disk of the bound recovery point");
     };
     match tree.layers.as_slice() {
-        [layer] if tree.size == disk.size && tree.excluded.is_empty() => BaseDecision::Changes {
-            tracking_id: bound.rct_id.clone(),
-            parent_root: layer.root,
-        },
+        [layer] if tree.size == disk.size && tree.excluded.is_empty() => {
+            BaseDecision::Changes { tracking_id: bound.rct_id.clone(), parent_root: layer.root }
+        }
         _ => everything("the bound recovery point does not hold it as one whole tree"),
     }
 }
@@ -179,7 +196,12 @@ mod tests {
                 point,
                 manifest: ChunkId([1; 32]),
                 reference_point: "RP1".into(),
-                disks: vec![BoundDisk { disk, size: SIZE, slot: "a\\0\\0\\D".into(), rct_id: "rct1".into() }],
+                disks: vec![BoundDisk {
+                    disk,
+                    size: SIZE,
+                    slot: "a\\0\\0\\D".into(),
+                    rct_id: "rct1".into(),
+                }],
                 tracking_unproven: false,
             }),
             points: vec![ReferencePoint {

@@ -83,7 +83,9 @@ pub(super) async fn run(
         }
         Origin::Made(how) => {
             context.phase("querying changes");
-            let start = begin(context, message, vm, work, open, binding, how, &disks, stats, warnings).await?;
+            let start =
+                begin(context, message, vm, work, open, binding, how, &disks, stats, warnings)
+                    .await?;
             appender.append(&JournalEntry::Start(start.clone())).await?;
             (start, std::collections::HashMap::new())
         }
@@ -114,7 +116,10 @@ pub(super) async fn run(
     Ok(Captured { pipeline, start, disks, config, tracking_unproven, journal })
 }
 
-async fn open_disks(context: &JobContext, frozen: Vec<FrozenDisk>) -> Result<Vec<SourceFacts>, JobError> {
+async fn open_disks(
+    context: &JobContext,
+    frozen: Vec<FrozenDisk>,
+) -> Result<Vec<SourceFacts>, JobError> {
     let mut disks = Vec::with_capacity(frozen.len());
     for disk in frozen {
         let (sources, path) = (context.sources.clone(), disk.path.clone());
@@ -142,7 +147,11 @@ fn file_name(path: &Path) -> String {
 
 fn same_disks(start: &JournalStart, disks: &[SourceFacts]) -> bool {
     start.disks.len() == disks.len()
-        && start.disks.iter().zip(disks).all(|(j, d)| j.disk_id == d.facts.disk && j.size == d.facts.size)
+        && start
+            .disks
+            .iter()
+            .zip(disks)
+            .all(|(j, d)| j.disk_id == d.facts.disk && j.size == d.facts.size)
 }
 
 /// Decides what is read of each disk.
@@ -189,7 +198,9 @@ async fn begin(
     for (disk, decision) in disks.iter().zip(&plan.disks) {
         out.push(list_of(context, message.chunk_size, disk, decision, &mut reasons).await?);
     }
-    if let Some(mismatch) = sample_unchanged(context, message.chunk_size, disks, &out, parent.as_ref(), stats).await? {
+    if let Some(mismatch) =
+        sample_unchanged(context, message.chunk_size, disks, &out, parent.as_ref(), stats).await?
+    {
         warnings.push(mismatch.clone());
         reasons.push(mismatch);
         kind = BackupKind::ConsistencyCheck;
@@ -221,7 +232,9 @@ async fn list_of(
     decision: &BaseDecision,
     reasons: &mut Vec<String>,
 ) -> Result<JournalDisk, JobError> {
-    let BaseDecision::Changes { tracking_id, .. } = decision else { return everything(context, disk).await };
+    let BaseDecision::Changes { tracking_id, .. } = decision else {
+        return everything(context, disk).await;
+    };
     match context.hypervisor.changes(&disk.path, disk.facts.size, tracking_id).await {
         Ok(changed) => {
             let changed = changed.align_out(chunk_size.into(), disk.facts.size);
@@ -282,8 +295,11 @@ async fn sample_unchanged(
             let source = source.clone();
             context.pool.run(move || source.allocated()).await??
         };
-        let mut tree = ParentTree::new(context.store.clone(), context.sealer.clone(), root, plan.root_level());
-        let found = sample::compare(&source, &plan, &allocated, &mut tree, &context.sealer, &context.pool).await?;
+        let mut tree =
+            ParentTree::new(context.store.clone(), context.sealer.clone(), root, plan.root_level());
+        let found =
+            sample::compare(&source, &plan, &allocated, &mut tree, &context.sealer, &context.pool)
+                .await?;
         Stats::add(&stats.sampled_chunks, found.chunks);
         Stats::add(&stats.read_bytes, found.bytes);
         if let Some(offset) = found.mismatch {
@@ -348,13 +364,12 @@ async fn save_config(
 }
 
 /// Reads a manifest from storage.
-pub(super) async fn fetch_manifest(context: &JobContext, id: ChunkId) -> Result<Manifest, JobError> {
-    let record: Record = context
-        .store
-        .get(&[id])
-        .await?
-        .pop()
-        .ok_or(crate::store::StoreError::Missing { id })?;
+pub(super) async fn fetch_manifest(
+    context: &JobContext,
+    id: ChunkId,
+) -> Result<Manifest, JobError> {
+    let record: Record =
+        context.store.get(&[id]).await?.pop().ok_or(crate::store::StoreError::Missing { id })?;
     Ok(Manifest::open(&context.sealer, &record)?)
 }
 

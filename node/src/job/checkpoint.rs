@@ -68,7 +68,9 @@ pub(super) async fn make(
         Ok(made) => made,
         Err(e) => {
             // Superseded: the duty is the next holder's. Else nothing is there, or the duty stays open and is cleaned up.
-            if !e.is_superseded() && context.hypervisor.checkpoints(vm.guid).await.is_ok_and(|c| c.is_empty()) {
+            if !e.is_superseded()
+                && context.hypervisor.checkpoints(vm.guid).await.is_ok_and(|c| c.is_empty())
+            {
                 update_duty(context, &duty, rpc::DutyState::Done, None, None).await?;
             }
             return Err(e);
@@ -148,10 +150,12 @@ async fn try_ways(
         }
     }
     Err(guest_failure.map_or_else(
-        || JobError::Hypervisor(HypervisorError::Odd {
-            doing: "create a checkpoint".into(),
-            detail: "the consistency plan holds no way".into(),
-        }),
+        || {
+            JobError::Hypervisor(HypervisorError::Odd {
+                doing: "create a checkpoint".into(),
+                detail: "the consistency plan holds no way".into(),
+            })
+        },
         JobError::from,
     ))
 }

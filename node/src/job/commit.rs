@@ -51,7 +51,12 @@ pub(super) async fn run(
             continue;
         }
         let root_receipts = put_root(context, vm, message, &manifest, manifest_id).await?;
-        captured.journal.lock().await.append(&JournalEntry::Committing { manifest: manifest_id }).await?;
+        captured
+            .journal
+            .lock()
+            .await
+            .append(&JournalEntry::Committing { manifest: manifest_id })
+            .await?;
         context.lease.check()?;
         let request = rpc::CommitRequest {
             job_id: context.lease.job().to_string(),
@@ -88,9 +93,17 @@ pub(super) async fn run(
             }
             CommitOutcome::Superseded => return Err(JobError::Superseded { reason: reply.reason }),
             CommitOutcome::ReceiptsLacking | CommitOutcome::Unspecified => {
-                let pgs: Vec<PgId> =
-                    reply.lacking_pgs.iter().filter_map(|pg| u16::try_from(*pg).ok()).map(PgId).collect();
-                tracing::warn!(pgs = pgs.len(), reason = reply.reason, "receipts are lacking: asking storage again");
+                let pgs: Vec<PgId> = reply
+                    .lacking_pgs
+                    .iter()
+                    .filter_map(|pg| u16::try_from(*pg).ok())
+                    .map(PgId)
+                    .collect();
+                tracing::warn!(
+                    pgs = pgs.len(),
+                    reason = reply.reason,
+                    "receipts are lacking: asking storage again"
+                );
                 lacking = reply.reason;
                 context.store.drop_claims(&pgs);
                 captured.pipeline.recheck(&pgs).boxed().await?;
@@ -158,6 +171,7 @@ async fn put_root(
     };
     let record = root.seal(&context.sealer)?;
     let key = manifest.point.to_bytes().to_vec();
-    let receipts = context.store.put_named(Space::Root, key, context.lease.epoch().0, record).await?;
+    let receipts =
+        context.store.put_named(Space::Root, key, context.lease.epoch().0, record).await?;
     Ok(receipts.into_iter().map(|r| r.to_vec()).collect())
 }

@@ -59,7 +59,9 @@ pub enum JobError {
     #[error("{}", .0.sentence)]
     Precheck(Obstacle),
     /// The checkpoint went away while it was read.
-    #[error("the checkpoint {name:?} went away while it was read; the job starts over from its base")]
+    #[error(
+        "the checkpoint {name:?} went away while it was read; the job starts over from its base"
+    )]
     CheckpointGone {
         /// Its name.
         name: String,
@@ -71,7 +73,9 @@ pub enum JobError {
         reason: String,
     },
     /// Receipts go on lacking.
-    #[error("the coordinator still lacks receipts after {rounds} rounds of sending again: {reason}")]
+    #[error(
+        "the coordinator still lacks receipts after {rounds} rounds of sending again: {reason}"
+    )]
     ReceiptsLacking {
         /// Rounds.
         rounds: u32,
@@ -130,7 +134,9 @@ impl JobError {
             StoreError::Refused { .. } => error_code::DENIED,
         };
         let of_disk = |e: &DiskError| match e {
-            DiskError::ParentMissing { .. } | DiskError::ParentMismatch { .. } => error_code::PARENT_MISSING,
+            DiskError::ParentMissing { .. } | DiskError::ParentMismatch { .. } => {
+                error_code::PARENT_MISSING
+            }
             _ => error_code::DISK_BROKEN,
         };
         match self {
@@ -156,9 +162,11 @@ impl JobError {
             Self::Restore(_) => error_code::CHUNK_LOST,
             Self::TargetTaken(_) => error_code::VM_EXISTS,
             Self::File { .. } => error_code::LOW_SPACE,
-            Self::Pipeline(_) | Self::Journal(_) | Self::Seal(_) | Self::Pool(_) | Self::Message(_) => {
-                error_code::INTERNAL
-            }
+            Self::Pipeline(_)
+            | Self::Journal(_)
+            | Self::Seal(_)
+            | Self::Pool(_)
+            | Self::Message(_) => error_code::INTERNAL,
         }
     }
 
@@ -167,7 +175,9 @@ impl JobError {
     pub fn retry(&self) -> bool {
         match self {
             Self::Precheck(obstacle) => obstacle.passes,
-            Self::Hypervisor(HypervisorError::NoSuchVm { .. } | HypervisorError::CheckpointGone { .. }) => true,
+            Self::Hypervisor(
+                HypervisorError::NoSuchVm { .. } | HypervisorError::CheckpointGone { .. },
+            ) => true,
             Self::Hypervisor(e) => e.retry() != Retry::No,
             Self::Consistency(_) | Self::File { .. } => false,
             Self::Coordinator(e) => matches!(e, CoordinatorError::Unavailable { .. }),
@@ -176,7 +186,10 @@ impl JobError {
     }
 
     /// An I/O failure.
-    pub(crate) fn file(doing: &'static str, path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self {
+    pub(crate) fn file(
+        doing: &'static str,
+        path: &std::path::Path,
+    ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.display().to_string();
         move |source| Self::File { doing, path, source }
     }

@@ -81,7 +81,8 @@ async fn finish_duty(
     duty: &rpc::Duty,
     adopted: Option<&Adopted>,
 ) -> Result<(), JobError> {
-    let bound = known.binding.as_ref().map(|b| b.reference_point_id.clone()).filter(|b| !b.is_empty());
+    let bound =
+        known.binding.as_ref().map(|b| b.reference_point_id.clone()).filter(|b| !b.is_empty());
     let checkpoints = context.hypervisor.checkpoints(vm.guid).await?;
     let points = context.hypervisor.reference_points(vm.guid).await?;
     let checkpoint = checkpoints.iter().find(|c| leftovers::names(duty, c));
@@ -101,7 +102,9 @@ async fn finish_duty(
     };
     match (checkpoint, manifest) {
         // Not converted yet.
-        (Some(checkpoint), Some((manifest_id, manifest))) if manifest.checkpoint == checkpoint.id => {
+        (Some(checkpoint), Some((manifest_id, manifest)))
+            if manifest.checkpoint == checkpoint.id =>
+        {
             let mut writer = JournalWriter::after(
                 journal,
                 context.store.clone(),
@@ -120,8 +123,14 @@ async fn finish_duty(
             let named = points.iter().find(|p| p.id.eq_ignore_ascii_case(&duty.reference_point_id));
             if let Some(named) = named {
                 let older = older();
-                let work =
-                    HandOver { vm, point, manifest_id, manifest: &manifest, duty: duty.clone(), older };
+                let work = HandOver {
+                    vm,
+                    point,
+                    manifest_id,
+                    manifest: &manifest,
+                    duty: duty.clone(),
+                    older,
+                };
                 return bind(context, &work, named).await;
             }
         }
@@ -145,12 +154,17 @@ async fn remove_unknown(
 ) -> Result<(), JobError> {
     let known: HashSet<String> = before.all.iter().map(|id| id.to_ascii_lowercase()).collect();
     let is_bound = |p: &ReferencePoint| bound.is_some_and(|b| p.id.eq_ignore_ascii_case(b));
-    let unknown: Vec<&ReferencePoint> =
-        points.iter().filter(|p| !known.contains(&p.id.to_ascii_lowercase()) && !is_bound(p)).collect();
+    let unknown: Vec<&ReferencePoint> = points
+        .iter()
+        .filter(|p| !known.contains(&p.id.to_ascii_lowercase()) && !is_bound(p))
+        .collect();
     match unknown.as_slice() {
         [] => {}
         [point] => {
-            tracing::info!(reference_point = point.id, "removing an unbound reference point of an interrupted hand-over");
+            tracing::info!(
+                reference_point = point.id,
+                "removing an unbound reference point of an interrupted hand-over"
+            );
             context.hypervisor.destroy_reference_point(&context.lease, vm.guid, point).await?;
         }
         several => tracing::warn!(
@@ -188,11 +202,16 @@ async fn convert_and_bind(
         }
         Err(e) => return Err(e.into()),
     };
-    let duty = update_duty(context, &work.duty, DutyState::Converted, None, Some(&point.id)).await?;
+    let duty =
+        update_duty(context, &work.duty, DutyState::Converted, None, Some(&point.id)).await?;
     bind(context, &HandOver { duty, ..work }, &point).await
 }
 
-async fn bind(context: &JobContext, work: &HandOver<'_>, point: &ReferencePoint) -> Result<(), JobError> {
+async fn bind(
+    context: &JobContext,
+    work: &HandOver<'_>,
+    point: &ReferencePoint,
+) -> Result<(), JobError> {
     context.lease.check()?;
     let disks = work.manifest.disks.iter().map(|d| BoundDisk {
         disk: d.disk_id,
@@ -217,7 +236,10 @@ async fn bind(context: &JobContext, work: &HandOver<'_>, point: &ReferencePoint)
         .await?;
     if !reply.bound {
         // Restored or reverted meanwhile: nothing may start from it.
-        tracing::warn!(reason = reply.reason, "the new reference point was not bound; it is removed");
+        tracing::warn!(
+            reason = reply.reason,
+            "the new reference point was not bound; it is removed"
+        );
         context.hypervisor.destroy_reference_point(&context.lease, work.vm.guid, point).await?;
         return Ok(());
     }
@@ -233,7 +255,8 @@ async fn clean(context: &JobContext, vm: &VmKey, known: &[rpc::Duty]) -> Result<
     context.phase("verifying that the host is clean");
     let ask = rpc::AskRequest { job_id: context.lease.job().to_string(), vm: Some(vm.into()) };
     let now = context.coordinator.ask(ask).await?;
-    let duties: Vec<rpc::Duty> = if now.duties.is_empty() { known.to_vec() } else { now.duties.clone() };
+    let duties: Vec<rpc::Duty> =
+        if now.duties.is_empty() { known.to_vec() } else { now.duties.clone() };
     let job = context.lease.job().to_string();
     let (mine, others): (Vec<rpc::Duty>, Vec<rpc::Duty>) =
         duties.into_iter().filter(|d| d.state() != DutyState::Done).partition(|d| d.job_id == job);
@@ -258,7 +281,10 @@ async fn wait_for_merge(context: &JobContext, vm: &VmKey) -> Result<(), JobError
         if Instant::now() + pause >= until {
             let open = state.vm.disks.iter().filter(|d| ours(&d.path)).count();
             return Err(JobError::Hypervisor(HypervisorError::TooLong {
-                doing: format!("merge the checkpoint of VM {:?} ({open} disks still on a child file)", state.vm.name),
+                doing: format!(
+                    "merge the checkpoint of VM {:?} ({open} disks still on a child file)",
+                    state.vm.name
+                ),
                 waited: context.times.merge_wait,
             }));
         }

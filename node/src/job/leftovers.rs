@@ -49,14 +49,19 @@ pub(super) async fn clear(
     let bound = binding.map(|b| b.reference_point_id.as_str()).unwrap_or_default();
     let open: Vec<&rpc::Duty> = duties.iter().filter(|d| d.state() != DutyState::Done).collect();
 
-    let nameless: Vec<&Checkpoint> = checkpoints.iter().filter(|c| !is_ours(c) && !named_by(c, &open)).collect();
-    let unnamed_is_ours = nameless.len() == 1 && open.iter().any(|d| d.state() == DutyState::Recorded);
+    let nameless: Vec<&Checkpoint> =
+        checkpoints.iter().filter(|c| !is_ours(c) && !named_by(c, &open)).collect();
+    let unnamed_is_ours =
+        nameless.len() == 1 && open.iter().any(|d| d.state() == DutyState::Recorded);
     if nameless.len() > 1 && open.iter().any(|d| d.state() == DutyState::Recorded) {
         tracing::warn!(%vm, count = nameless.len(), "several recovery checkpoints without a name of ours: none is touched");
     }
     for checkpoint in &checkpoints {
         if is_ours(checkpoint) || named_by(checkpoint, &open) || unnamed_is_ours {
-            tracing::warn!(checkpoint = checkpoint.name, "removing a checkpoint that an earlier attempt left");
+            tracing::warn!(
+                checkpoint = checkpoint.name,
+                "removing a checkpoint that an earlier attempt left"
+            );
             context.hypervisor.destroy_checkpoint(&context.lease, vm, checkpoint).await?;
         }
     }
@@ -64,7 +69,9 @@ pub(super) async fn clear(
         if keep.is_some_and(|k| names(duty, k)) {
             continue;
         }
-        if !duty.reference_point_id.is_empty() && !duty.reference_point_id.eq_ignore_ascii_case(bound) {
+        if !duty.reference_point_id.is_empty()
+            && !duty.reference_point_id.eq_ignore_ascii_case(bound)
+        {
             remove_point(context, vm, &points, &duty.reference_point_id).await?;
         }
         update_duty(context, duty, DutyState::Done, None, None).await?;
@@ -91,7 +98,10 @@ pub(super) async fn remove_point(
 ) -> Result<(), HypervisorError> {
     match points.iter().find(|p| p.id.eq_ignore_ascii_case(id)) {
         Some(point) => {
-            tracing::info!(reference_point = point.id, "removing a reference point of ours that is not bound");
+            tracing::info!(
+                reference_point = point.id,
+                "removing a reference point of ours that is not bound"
+            );
             context.hypervisor.destroy_reference_point(&context.lease, vm, point).await
         }
         None => Ok(()),

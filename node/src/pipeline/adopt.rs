@@ -18,9 +18,16 @@ impl Pipeline {
     pub(super) async fn adopt(&self) -> Result<(), PipelineError> {
         let mut journalled: Vec<(LeafKey, ChunkId)> = {
             let state = self.state();
-            let known = |key: &LeafKey| self.disks.get(key.0).is_some_and(|d| key.1 < d.plan.leaf_count());
-            let open = |key: &LeafKey| !state.leaves[key.0].contains_key(&key.1) && !state.forced.contains(key);
-            self.journalled.iter().map(|(k, p)| (*k, *p)).filter(|(k, _)| known(k) && open(k)).collect()
+            let known =
+                |key: &LeafKey| self.disks.get(key.0).is_some_and(|d| key.1 < d.plan.leaf_count());
+            let open = |key: &LeafKey| {
+                !state.leaves[key.0].contains_key(&key.1) && !state.forced.contains(key)
+            };
+            self.journalled
+                .iter()
+                .map(|(k, p)| (*k, *p))
+                .filter(|(k, _)| known(k) && open(k))
+                .collect()
         };
         journalled.sort_unstable_by_key(|(key, _)| *key);
         for part in journalled.chunks(BATCH) {
@@ -31,10 +38,12 @@ impl Pipeline {
     }
 
     async fn adopt_part(&self, part: &[(LeafKey, ChunkId)]) -> Result<(), PipelineError> {
-        let (holes, pages): (Vec<_>, Vec<_>) = part.iter().copied().partition(|(_, page)| page.is_hole());
+        let (holes, pages): (Vec<_>, Vec<_>) =
+            part.iter().copied().partition(|(_, page)| page.is_hole());
         self.accept(holes);
         let present = self.confirmed(pages.iter().map(|(_, page)| *page).collect()).await?;
-        let pages: Vec<(LeafKey, ChunkId)> = pages.into_iter().filter(|(_, page)| present.contains(page)).collect();
+        let pages: Vec<(LeafKey, ChunkId)> =
+            pages.into_iter().filter(|(_, page)| present.contains(page)).collect();
         if pages.is_empty() {
             return Ok(());
         }
@@ -52,7 +61,9 @@ impl Pipeline {
             children.insert(*id, below);
         }
         let present = self.confirmed(children.values().flatten().copied().collect()).await?;
-        let whole = |page: &ChunkId| children.get(page).is_some_and(|c| c.iter().all(|id| present.contains(id)));
+        let whole = |page: &ChunkId| {
+            children.get(page).is_some_and(|c| c.iter().all(|id| present.contains(id)))
+        };
         self.accept(pages.into_iter().filter(|(_, page)| whole(page)).collect());
         Ok(())
     }
@@ -64,7 +75,12 @@ impl Pipeline {
             return Ok(HashSet::new());
         }
         let answers = self.store.have(&ids).await?;
-        Ok(ids.into_iter().zip(answers).filter(|(_, a)| *a == Presence::Yes).map(|(id, _)| id).collect())
+        Ok(ids
+            .into_iter()
+            .zip(answers)
+            .filter(|(_, a)| *a == Presence::Yes)
+            .map(|(id, _)| id)
+            .collect())
     }
 
     fn accept(&self, leaves: Vec<(LeafKey, ChunkId)>) {

@@ -52,7 +52,11 @@ impl Pipeline {
     }
 
     /// What did not change must still be there; what is not is read again, too.
-    async fn require_unchanged(&self, children: &[ChunkId], wanted: &mut [bool]) -> Result<(), PipelineError> {
+    async fn require_unchanged(
+        &self,
+        children: &[ChunkId],
+        wanted: &mut [bool],
+    ) -> Result<(), PipelineError> {
         let kept: Vec<usize> =
             (0..children.len()).filter(|&i| !wanted[i] && !children[i].is_hole()).collect();
         if kept.is_empty() {
@@ -76,7 +80,8 @@ impl Pipeline {
     ) -> Result<Vec<(usize, ChunkId)>, PipelineError> {
         let plan = &self.disks[disk].plan;
         let (offset, _) = plan.chunk_range(leaf, first);
-        let lengths: Vec<usize> = (first..first + len).map(|c| plan.chunk_range(leaf, c).1).collect();
+        let lengths: Vec<usize> =
+            (first..first + len).map(|c| plan.chunk_range(leaf, c).1).collect();
         let total: usize = lengths.iter().sum();
         // Held until everything read here is sent: this is what bounds the agent's memory.
         let _budget = self.pool.reserve(total).await;
@@ -90,9 +95,16 @@ impl Pipeline {
         if earlier.is_some() {
             Stats::add(&self.stats.reread_bytes, total as u64);
         }
-        let zero: usize = read.iter().filter(|(_, c)| c.is_none()).map(|(i, _)| plan.chunk_range(leaf, *i).1).sum();
+        let zero: usize = read
+            .iter()
+            .filter(|(_, c)| c.is_none())
+            .map(|(i, _)| plan.chunk_range(leaf, *i).1)
+            .sum();
         Stats::add(&self.stats.zero_bytes, zero as u64);
-        let ids = read.iter().map(|(i, c)| (*i, c.as_ref().map_or(ChunkId::HOLE, |(id, _)| *id))).collect();
+        let ids = read
+            .iter()
+            .map(|(i, c)| (*i, c.as_ref().map_or(ChunkId::HOLE, |(id, _)| *id)))
+            .collect();
         self.send_unknown(read, earlier).await?;
         Ok(ids)
     }
@@ -104,14 +116,15 @@ impl Pipeline {
     ) -> Result<(), PipelineError> {
         let mut fresh: Vec<(ChunkId, Bytes)> = Vec::new();
         {
-            let state = self.state();
-            let mut seen = HashSet::new();
+            let mut state = self.state();
             for (id, bytes) in read.into_iter().filter_map(|(_, c)| c) {
-                // On its way already, from here or from another leaf.
-                let on_its_way = state.recent.iter().any(|r| r.contains(&id)) && !state.lost.contains_key(&id);
-                if on_its_way || !seen.insert(id) {
+                // On its way already, from here or from another leaf: that one's barrier covers it, and a loss leads to
+                // its being sent again.
+                let on_its_way = state.recent.iter().any(|r| r.contains(&id));
+                if on_its_way && !state.lost.contains_key(&id) {
                     self.count_known(bytes.len());
                 } else {
+                    state.recent[0].insert(id);
                     fresh.push((id, bytes));
                 }
             }
@@ -145,7 +158,6 @@ impl Pipeline {
         for record in sealed {
             let (id, length) = (record.id(), record.bytes().len() as u64);
             self.put(record).await?;
-            self.state().recent[0].insert(id);
             Stats::add(&self.stats.chunks_new, 1);
             if earlier.is_some_and(|e| e.is_empty() || e.contains(&id)) {
                 Stats::add(&self.stats.resent_bytes, length);
@@ -169,7 +181,11 @@ impl Pipeline {
     }
 
     /// A page's record; `None` when it refers to zeros only.
-    pub(super) fn seal_page(&self, level: u8, children: &[ChunkId]) -> Result<Option<Record>, PipelineError> {
+    pub(super) fn seal_page(
+        &self,
+        level: u8,
+        children: &[ChunkId],
+    ) -> Result<Option<Record>, PipelineError> {
         if children.iter().all(ChunkId::is_hole) {
             return Ok(None);
         }

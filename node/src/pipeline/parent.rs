@@ -60,7 +60,13 @@ impl ParentTree {
         Ok(children)
     }
 
-    async fn child(&mut self, id: ChunkId, level: u8, index: u64, child: usize) -> Result<ChunkId, PipelineError> {
+    async fn child(
+        &mut self,
+        id: ChunkId,
+        level: u8,
+        index: u64,
+        child: usize,
+    ) -> Result<ChunkId, PipelineError> {
         let slot = &mut self.path[usize::from(level)];
         if slot.as_ref().is_none_or(|(i, _)| *i != index) {
             let children = fetch_page(&*self.store, &self.sealer, id, level).await?;

@@ -92,7 +92,10 @@ impl DiskPlan {
     fn subtree_range(&self, level: u8, index: u64) -> (u64, u64) {
         let leaves = self.leaves_below(level, index);
         let bytes = self.leaf_bytes();
-        (leaves.start.saturating_mul(bytes), (leaves.end.saturating_sub(leaves.start)).saturating_mul(bytes))
+        (
+            leaves.start.saturating_mul(bytes),
+            (leaves.end.saturating_sub(leaves.start)).saturating_mul(bytes),
+        )
     }
 
     fn leaf_bytes(&self) -> u64 {

@@ -28,13 +28,22 @@ impl Pipeline {
         self.recheck_where(&|id| ids.contains(id)).await
     }
 
-    async fn recheck_where(&self, concerned: &(dyn Fn(&ChunkId) -> bool + Sync)) -> Result<(), PipelineError> {
+    async fn recheck_where(
+        &self,
+        concerned: &(dyn Fn(&ChunkId) -> bool + Sync),
+    ) -> Result<(), PipelineError> {
         let leaves: Vec<(LeafKey, ChunkId)> = {
             let state = self.state();
             let of_disk = |(disk, leaves): (usize, &std::collections::BTreeMap<u64, ChunkId>)| {
                 leaves.iter().map(|(leaf, page)| ((disk, *leaf), *page)).collect::<Vec<_>>()
             };
-            state.leaves.iter().enumerate().flat_map(of_disk).filter(|(_, page)| !page.is_hole()).collect()
+            state
+                .leaves
+                .iter()
+                .enumerate()
+                .flat_map(of_disk)
+                .filter(|(_, page)| !page.is_hole())
+                .collect()
         };
         let mut again = Vec::new();
         for part in leaves.chunks(BATCH) {
@@ -67,7 +76,8 @@ impl Pipeline {
                 continue;
             };
             let children = page_children(&self.sealer, &record, *page, 1)?;
-            let ids = std::iter::once(*page).chain(children).filter(|id| !id.is_hole() && concerned(id));
+            let ids =
+                std::iter::once(*page).chain(children).filter(|id| !id.is_hole() && concerned(id));
             of_leaf.push((*key, ids.collect()));
         }
         let all: Vec<ChunkId> = of_leaf.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
@@ -75,8 +85,12 @@ impl Pipeline {
             return Ok(());
         }
         let answers = self.store.have(&all).await?;
-        let missing: HashSet<ChunkId> =
-            all.iter().zip(answers).filter(|(_, a)| *a != Presence::Yes).map(|(id, _)| *id).collect();
+        let missing: HashSet<ChunkId> = all
+            .iter()
+            .zip(answers)
+            .filter(|(_, a)| *a != Presence::Yes)
+            .map(|(id, _)| *id)
+            .collect();
         {
             let mut state = self.state();
             for id in &missing {
@@ -85,12 +99,21 @@ impl Pipeline {
                 }
             }
         }
-        again.extend(of_leaf.iter().filter(|(_, ids)| ids.iter().any(|id| missing.contains(id))).map(|(key, _)| *key));
+        again.extend(
+            of_leaf
+                .iter()
+                .filter(|(_, ids)| ids.iter().any(|id| missing.contains(id)))
+                .map(|(key, _)| *key),
+        );
         Ok(())
     }
 
-    async fn recheck_small(&self, concerned: &(dyn Fn(&ChunkId) -> bool + Sync)) -> Result<(), PipelineError> {
-        let ids: Vec<ChunkId> = self.state().small.keys().filter(|id| concerned(id)).copied().collect();
+    async fn recheck_small(
+        &self,
+        concerned: &(dyn Fn(&ChunkId) -> bool + Sync),
+    ) -> Result<(), PipelineError> {
+        let ids: Vec<ChunkId> =
+            self.state().small.keys().filter(|id| concerned(id)).copied().collect();
         if ids.is_empty() {
             return Ok(());
         }
@@ -104,8 +127,12 @@ impl Pipeline {
         Ok(())
     }
 
-    async fn recheck_reused(&self, concerned: &(dyn Fn(&ChunkId) -> bool + Sync)) -> Result<(), PipelineError> {
-        let ids: Vec<ChunkId> = self.state().reused.keys().filter(|id| concerned(id)).copied().collect();
+    async fn recheck_reused(
+        &self,
+        concerned: &(dyn Fn(&ChunkId) -> bool + Sync),
+    ) -> Result<(), PipelineError> {
+        let ids: Vec<ChunkId> =
+            self.state().reused.keys().filter(|id| concerned(id)).copied().collect();
         if ids.is_empty() {
             return Ok(());
         }

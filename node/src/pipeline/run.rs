@@ -94,7 +94,8 @@ impl Pipeline {
         loop {
             self.work_off(&mut drive).await?;
             // The last barrier of this drive covers everything that is not confirmed yet.
-            let outcome = if drive.unconfirmed.is_empty() { Ok(()) } else { self.store.barrier().await };
+            let outcome =
+                if drive.unconfirmed.is_empty() { Ok(()) } else { self.store.barrier().await };
             let covered = drive.unconfirmed.len();
             self.after_barrier(&mut drive, covered, outcome).await?;
             if drive.again.is_empty() {
@@ -223,11 +224,14 @@ impl Pipeline {
             return Err(PipelineError::KeepsLosing { rounds: ROUNDS });
         }
         tracing::warn!(count = lost.len(), "storage lost records; they are read and sent again");
-        let mut unplaced: std::collections::HashSet<ChunkId> = self.note_lost(&lost).await?.into_iter().collect();
+        let mut unplaced: std::collections::HashSet<ChunkId> =
+            self.note_lost(&lost).await?.into_iter().collect();
         let is_lost: std::collections::HashSet<ChunkId> = lost.into_iter().collect();
         let mut kept = Vec::new();
         for (position, done) in std::mem::take(&mut drive.unconfirmed).into_iter().enumerate() {
-            let ids = || std::iter::once(&done.page).chain(&done.children).filter(|id| is_lost.contains(*id));
+            let ids = || {
+                std::iter::once(&done.page).chain(&done.children).filter(|id| is_lost.contains(*id))
+            };
             if ids().next().is_some() {
                 ids().for_each(|id| {
                     unplaced.remove(id);

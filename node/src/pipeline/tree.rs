@@ -34,7 +34,12 @@ impl Pipeline {
         Ok(roots)
     }
 
-    fn assemble(&self, disk: usize, level: u8, index: u64) -> BoxFuture<'_, Result<ChunkId, PipelineError>> {
+    fn assemble(
+        &self,
+        disk: usize,
+        level: u8,
+        index: u64,
+    ) -> BoxFuture<'_, Result<ChunkId, PipelineError>> {
         async move {
             let below = self.disks[disk].plan.leaves_below(level, index);
             let first_new = self.state().leaves[disk].range(below).next().map(|(_, page)| *page);

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use futures::{FutureExt, TryStreamExt};
-use outrider_disk::vhdx::VhdxWriter;
 use outrider_disk::vhdx::CreateOptions;
+use outrider_disk::vhdx::VhdxWriter;
 use outrider_disk::{DiskError, DiskKind};
 use outrider_proto::ids::ChunkId;
 use outrider_proto::manifest::{DiskManifest, ManifestError};
@@ -54,7 +54,9 @@ pub enum RestoreError {
         expected: usize,
     },
     /// Several layers.
-    #[error("disk {slot} of this recovery point has {layers} layers; this release restores disks of one layer")]
+    #[error(
+        "disk {slot} of this recovery point has {layers} layers; this release restores disks of one layer"
+    )]
     Layers {
         /// Slot.
         slot: String,
@@ -117,7 +119,10 @@ pub(super) async fn write(
     Ok(written)
 }
 
-fn write_all(mut writer: VhdxWriter, mut chunks: mpsc::Receiver<(u64, Vec<u8>)>) -> Result<u64, DiskError> {
+fn write_all(
+    mut writer: VhdxWriter,
+    mut chunks: mpsc::Receiver<(u64, Vec<u8>)>,
+) -> Result<u64, DiskError> {
     let mut written = 0;
     while let Some((offset, bytes)) = chunks.blocking_recv() {
         writer.write_at(offset, &bytes)?;
@@ -134,7 +139,8 @@ async fn fetch_all(
     root: ChunkId,
     sender: mpsc::Sender<(u64, Vec<u8>)>,
 ) -> Result<(), RestoreError> {
-    let mut tree = ParentTree::new(reader.store.clone(), reader.sealer.clone(), root, plan.root_level());
+    let mut tree =
+        ParentTree::new(reader.store.clone(), reader.sealer.clone(), root, plan.root_level());
     let mut wanted = Vec::new();
     let mut leaf = 0;
     while leaf < plan.leaf_count() {
@@ -148,7 +154,9 @@ async fn fetch_all(
             leaf += 1;
         }
         futures::stream::iter(wanted.drain(..).map(Ok))
-            .try_for_each_concurrent(LEAVES, |(leaf, id)| fetch_leaf(reader, plan, leaf, id, &sender).boxed())
+            .try_for_each_concurrent(LEAVES, |(leaf, id)| {
+                fetch_leaf(reader, plan, leaf, id, &sender).boxed()
+            })
             .await?;
     }
     Ok(())
@@ -162,8 +170,12 @@ async fn fetch_leaf(
     sender: &mpsc::Sender<(u64, Vec<u8>)>,
 ) -> Result<(), RestoreError> {
     let children = crate::pipeline::fetch_page(&*reader.store, &reader.sealer, page, 1).await?;
-    let present: Vec<(usize, ChunkId)> =
-        children.iter().copied().enumerate().filter(|(i, id)| !id.is_hole() && *i < plan.leaf_len(leaf)).collect();
+    let present: Vec<(usize, ChunkId)> = children
+        .iter()
+        .copied()
+        .enumerate()
+        .filter(|(i, id)| !id.is_hole() && *i < plan.leaf_len(leaf))
+        .collect();
     let parts: Vec<Vec<(usize, ChunkId)>> = present.chunks(CHUNKS).map(<[_]>::to_vec).collect();
     futures::stream::iter(parts.into_iter().map(Ok::<_, RestoreError>))
         .try_for_each_concurrent(2, |part| async move {
@@ -218,4 +230,3 @@ impl Drop for HalfWritten {
         }
     }
 }
-

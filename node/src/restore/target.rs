@@ -25,7 +25,11 @@ pub(super) fn choose(
     inventory: &Inventory,
     roots: &[(PathBuf, u64)],
 ) -> Result<Target, JobError> {
-    let name = if work.target_name.is_empty() { manifest.vm_name.clone() } else { work.target_name.clone() };
+    let name = if work.target_name.is_empty() {
+        manifest.vm_name.clone()
+    } else {
+        work.target_name.clone()
+    };
     let same_guid = |vm: &&VmSeen| work.keep_guid && vm.guid == manifest.vm.guid;
     let in_the_way = inventory.vms.iter().find(|vm| same_guid(vm) || vm.name == name);
     if let Some(existing) = in_the_way
@@ -37,7 +41,8 @@ pub(super) fn choose(
         )));
     }
     if let Some(existing) = in_the_way
-        && let Some(disk) = existing.disks.iter().find(|d| d.path.to_ascii_lowercase().ends_with(".avhdx"))
+        && let Some(disk) =
+            existing.disks.iter().find(|d| d.path.to_ascii_lowercase().ends_with(".avhdx"))
     {
         return Err(JobError::TargetTaken(format!(
             "VM {:?} has checkpoints (its disk {} is on {}); remove them before it is overwritten",
@@ -67,14 +72,18 @@ fn root_for(original: Option<&VmSeen>, roots: &[(PathBuf, u64)]) -> Result<PathB
     });
     let widest = || roots.iter().max_by_key(|(_, free)| *free).map(|(root, _)| root);
     of_original.or_else(widest).cloned().ok_or_else(|| {
-        JobError::TargetTaken("this host has no shared volume to restore to; name a folder with --folder".into())
+        JobError::TargetTaken(
+            "this host has no shared volume to restore to; name a folder with --folder".into(),
+        )
     })
 }
 
 /// A folder of the VM's name that does not exist yet.
 fn free_folder(root: &Path, name: &str) -> PathBuf {
-    let safe: String =
-        name.chars().map(|c| if c.is_control() || "/\\:*?\"<>|".contains(c) { '_' } else { c }).collect();
+    let safe: String = name
+        .chars()
+        .map(|c| if c.is_control() || "/\\:*?\"<>|".contains(c) { '_' } else { c })
+        .collect();
     let safe = safe.trim_matches(['.', ' ']);
     let safe = if safe.is_empty() { "restored" } else { safe };
     let first = root.join(safe);
@@ -93,7 +102,10 @@ impl Target {
     /// A file name for a disk, unique within the VM.
     pub(super) fn disk_name(&self, disk: &DiskManifest, index: usize) -> String {
         let name = super::safe_name(&disk.file_name, "disk.vhdx");
-        let stem = Path::new(&name).file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        let stem = Path::new(&name)
+            .file_stem()
+            .map(|s| s.to_string_lossy().into_owned())
+            .unwrap_or_default();
         if index == 0 { format!("{stem}.vhdx") } else { format!("{stem}-{index}.vhdx") }
     }
 
@@ -143,7 +155,10 @@ mod tests {
         let refused = choose(&manifest, &work, &inventory, &roots).expect_err("it exists");
         assert!(refused.to_string().contains("--overwrite"), "{refused}");
         work.overwrite = true;
-        assert_eq!(choose(&manifest, &work, &inventory, &roots).expect("a place").replaces, Some(vm.guid));
+        assert_eq!(
+            choose(&manifest, &work, &inventory, &roots).expect("a place").replaces,
+            Some(vm.guid)
+        );
         let other = RestoreWork { target_name: "위성/2".into(), ..RestoreWork::default() };
         let target = choose(&manifest, &other, &inventory, &roots).expect("a place");
         assert_eq!((target.replaces, target.folder), (None, dir.path().join("위성_2")));

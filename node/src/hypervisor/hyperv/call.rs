@@ -48,11 +48,19 @@ pub(super) struct Call<'a> {
 }
 
 impl HyperV {
-    pub(super) async fn query(&self, doing: &str, wql: &str) -> Result<Vec<Object>, HypervisorError> {
+    pub(super) async fn query(
+        &self,
+        doing: &str,
+        wql: &str,
+    ) -> Result<Vec<Object>, HypervisorError> {
         self.wmi.query(NS_VIRTUALIZATION, wql).await.map_err(provider(doing))
     }
 
-    pub(super) async fn cluster_query(&self, doing: &str, wql: &str) -> Result<Vec<Object>, HypervisorError> {
+    pub(super) async fn cluster_query(
+        &self,
+        doing: &str,
+        wql: &str,
+    ) -> Result<Vec<Object>, HypervisorError> {
         match self.wmi.query(NS_CLUSTER, wql).await {
             // A stand-alone host has no cluster provider.
             Err(WmiError::NoNamespace { .. }) => Ok(Vec::new()),
@@ -80,7 +88,11 @@ impl HyperV {
 
     /// Makes a call that changes something: the lease is asked before each attempt, and an attempt that met a busy VM is
     /// repeated with growing pauses for as long as the configuration is patient.
-    pub(super) async fn change(&self, lease: &Lease, call: &Call<'_>) -> Result<Finished, HypervisorError> {
+    pub(super) async fn change(
+        &self,
+        lease: &Lease,
+        call: &Call<'_>,
+    ) -> Result<Finished, HypervisorError> {
         let until = Instant::now() + self.times.busy_patience;
         let mut backoff =
             Backoff::new(self.times.busy_first, self.times.busy_ceiling, Backoff::any_seed());
@@ -102,7 +114,11 @@ impl HyperV {
         }
     }
 
-    async fn once(&self, call: &Call<'_>, lease: Option<&Lease>) -> Result<Finished, HypervisorError> {
+    async fn once(
+        &self,
+        call: &Call<'_>,
+        lease: Option<&Lease>,
+    ) -> Result<Finished, HypervisorError> {
         let path = if call.path.is_empty() {
             self.service(&call.doing, call.service).await?
         } else {
@@ -124,10 +140,11 @@ impl HyperV {
         match code {
             DONE => Ok(Finished { out, affected: Vec::new() }),
             JOB_STARTED => {
-                let job = out.str("Job").map(str::to_owned).ok_or_else(|| HypervisorError::Odd {
-                    doing: call.doing.clone(),
-                    detail: format!("{} started a job and does not name it", call.method),
-                })?;
+                let job =
+                    out.str("Job").map(str::to_owned).ok_or_else(|| HypervisorError::Odd {
+                        doing: call.doing.clone(),
+                        detail: format!("{} started a job and does not name it", call.method),
+                    })?;
                 self.wait_for_job(&call.doing, &job, lease).await?;
                 let affected = self
                     .associated(&call.doing, &job, "Msvm_AffectedJobElement", "")
@@ -150,7 +167,12 @@ impl HyperV {
 
     /// Looks at a job until it ended. One that vanishes was finished and forgotten, or never seen: nobody knows how it
     /// ended.
-    async fn wait_for_job(&self, doing: &str, job: &str, lease: Option<&Lease>) -> Result<(), HypervisorError> {
+    async fn wait_for_job(
+        &self,
+        doing: &str,
+        job: &str,
+        lease: Option<&Lease>,
+    ) -> Result<(), HypervisorError> {
         let until = Instant::now() + self.times.hypervisor_job;
         let mut backoff = Backoff::new(FIRST_LOOK, LONGEST_LOOK, Backoff::any_seed());
         loop {
@@ -169,7 +191,8 @@ impl HyperV {
                 }
                 return Ok(());
             }
-            if ENDED_BADLY.contains(&state) || matches!(state, COMPLETED | COMPLETED_WITH_WARNINGS) {
+            if ENDED_BADLY.contains(&state) || matches!(state, COMPLETED | COMPLETED_WITH_WARNINGS)
+            {
                 let (meant, remedy) = meaning(code);
                 let told = object.str("ErrorDescription").filter(|t| !t.is_empty());
                 return Err(HypervisorError::Refused {

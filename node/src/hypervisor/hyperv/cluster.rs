@@ -25,7 +25,12 @@ pub(super) fn owner_of(resource: &Object) -> Option<(VmGuid, String)> {
         return None;
     }
     let private = resource.object("PrivateProperties")?;
-    let vm = private.str("VmID").or_else(|| private.str("VmId"))?.trim_matches(['{', '}']).parse().ok()?;
+    let vm = private
+        .str("VmID")
+        .or_else(|| private.str("VmId"))?
+        .trim_matches(['{', '}'])
+        .parse()
+        .ok()?;
     Some((vm, resource.str("OwnerNode")?.to_owned()))
 }
 
@@ -48,9 +53,13 @@ impl HyperV {
     }
 
     /// Members that are up, and that are down.
-    pub(super) async fn cluster_nodes(&self) -> Result<(Vec<String>, Vec<String>), HypervisorError> {
-        let nodes = self.cluster_query("list the cluster's hosts", "SELECT * FROM MSCluster_Node").await?;
-        let (up, down): (Vec<_>, Vec<_>) = nodes.iter().filter_map(node_state).partition(|(_, up)| *up);
+    pub(super) async fn cluster_nodes(
+        &self,
+    ) -> Result<(Vec<String>, Vec<String>), HypervisorError> {
+        let nodes =
+            self.cluster_query("list the cluster's hosts", "SELECT * FROM MSCluster_Node").await?;
+        let (up, down): (Vec<_>, Vec<_>) =
+            nodes.iter().filter_map(node_state).partition(|(_, up)| *up);
         let names = |list: Vec<(String, bool)>| list.into_iter().map(|(name, _)| name).collect();
         Ok((names(up), names(down)))
     }
@@ -65,11 +74,17 @@ impl HyperV {
     }
 
     /// Free bytes of the Cluster Shared Volume that each folder is on, else of the folder's own file system.
-    pub(super) async fn free_space(&self, folders: Vec<PathBuf>) -> Result<Vec<(PathBuf, u64)>, HypervisorError> {
+    pub(super) async fn free_space(
+        &self,
+        folders: Vec<PathBuf>,
+    ) -> Result<Vec<(PathBuf, u64)>, HypervisorError> {
         let volumes = self.shared_volumes().await.unwrap_or_default();
         let mut found: Vec<(PathBuf, u64)> = Vec::new();
         for folder in folders {
-            let on_csv = volumes.iter().filter(|(root, _)| folder.starts_with(root)).max_by_key(|(root, _)| root.as_os_str().len());
+            let on_csv = volumes
+                .iter()
+                .filter(|(root, _)| folder.starts_with(root))
+                .max_by_key(|(root, _)| root.as_os_str().len());
             let (place, free) = match on_csv {
                 Some((root, free)) => (root.clone(), *free),
                 None => match outrider_process::fs::free_space(existing(&folder)) {
@@ -85,7 +100,11 @@ impl HyperV {
         Ok(found)
     }
 
-    pub(super) async fn make_highly_available(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+    pub(super) async fn make_highly_available(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+    ) -> Result<(), HypervisorError> {
         let doing = format!("make VM {vm} highly available");
         let clusters = self.cluster_query(&doing, "SELECT * FROM MSCluster_Cluster").await?;
         let cluster = clusters.first().ok_or_else(|| HypervisorError::Odd {
@@ -112,14 +131,23 @@ impl HyperV {
     }
 
     /// Takes a VM's group out of the cluster (before the VM is removed).
-    pub(super) async fn remove_from_cluster(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+    pub(super) async fn remove_from_cluster(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+    ) -> Result<(), HypervisorError> {
         let doing = format!("take VM {vm} out of the cluster");
         let wql = format!("SELECT * FROM MSCluster_Resource WHERE Type='{VM_RESOURCE}'");
         let resources = self.cluster_query(&doing, &wql).await?;
         for resource in resources.iter().filter(|r| owner_of(r).is_some_and(|(v, _)| v == vm)) {
             let groups = self
                 .wmi
-                .associators(NS_CLUSTER, &resource.path, "MSCluster_ResourceGroupToResource", "MSCluster_ResourceGroup")
+                .associators(
+                    NS_CLUSTER,
+                    &resource.path,
+                    "MSCluster_ResourceGroupToResource",
+                    "MSCluster_ResourceGroup",
+                )
                 .await
                 .map_err(provider(&doing))?;
             for group in groups {

@@ -17,7 +17,11 @@ pub(super) const RUN: u32 = 2;
 pub(super) const TURN_OFF: u32 = 3;
 
 impl HyperV {
-    pub(super) async fn import_vm(&self, lease: &Lease, new: &NewVm) -> Result<VmGuid, HypervisorError> {
+    pub(super) async fn import_vm(
+        &self,
+        lease: &Lease,
+        new: &NewVm,
+    ) -> Result<VmGuid, HypervisorError> {
         let planned = self.import_definition(lease, new).await?;
         let made = match self.finish_planned(lease, planned, new).await {
             Ok(made) => made,
@@ -32,7 +36,11 @@ impl HyperV {
         Ok(made)
     }
 
-    async fn import_definition(&self, lease: &Lease, new: &NewVm) -> Result<VmGuid, HypervisorError> {
+    async fn import_definition(
+        &self,
+        lease: &Lease,
+        new: &NewVm,
+    ) -> Result<VmGuid, HypervisorError> {
         let doing = format!("import the definition {}", new.definition.display());
         let call = Call {
             doing: doing.clone(),
@@ -76,25 +84,51 @@ impl HyperV {
             .await?;
         let disks = fixed_disks(&disks, new)?;
         if !disks.is_empty() {
-            self.manage(lease, "set the disks of the planned VM", "ModifyResourceSettings", vec![(
-                "ResourceSettings",
-                disks.iter().map(embedded::to_text).collect::<Vec<_>>().into(),
-            )])
+            self.manage(
+                lease,
+                "set the disks of the planned VM",
+                "ModifyResourceSettings",
+                vec![(
+                    "ResourceSettings",
+                    disks.iter().map(embedded::to_text).collect::<Vec<_>>().into(),
+                )],
+            )
             .await?;
         }
         let folder = new.folder.display().to_string();
         settings.set("ElementName", new.name.as_str());
-        for root in ["ConfigurationDataRoot", "SnapshotDataRoot", "SwapFileDataRoot", "SuspendDataRoot", "GuestStateDataRoot"] {
+        for root in [
+            "ConfigurationDataRoot",
+            "SnapshotDataRoot",
+            "SwapFileDataRoot",
+            "SuspendDataRoot",
+            "GuestStateDataRoot",
+        ] {
             settings.set(root, folder.as_str());
         }
         let text = embedded::to_text(&settings);
-        self.manage(lease, "name the planned VM", "ModifySystemSettings", vec![("SystemSettings", text.into())])
-            .await?;
+        self.manage(
+            lease,
+            "name the planned VM",
+            "ModifySystemSettings",
+            vec![("SystemSettings", text.into())],
+        )
+        .await?;
         let reference = Value::Ref(path);
-        self.manage(lease, "validate the planned VM", "ValidatePlannedSystem", vec![("PlannedSystem", reference.clone())])
-            .await?;
+        self.manage(
+            lease,
+            "validate the planned VM",
+            "ValidatePlannedSystem",
+            vec![("PlannedSystem", reference.clone())],
+        )
+        .await?;
         let finished = self
-            .manage(lease, "realize the planned VM", "RealizePlannedSystem", vec![("PlannedSystem", reference)])
+            .manage(
+                lease,
+                "realize the planned VM",
+                "RealizePlannedSystem",
+                vec![("PlannedSystem", reference)],
+            )
             .await?;
         // A planned VM keeps its GUID when it becomes real.
         Ok(finished.affected(SYSTEM).and_then(wql::named_guid).unwrap_or(planned))
@@ -115,7 +149,8 @@ impl HyperV {
         method: &'static str,
         args: Vec<(&str, Value)>,
     ) -> Result<super::call::Finished, HypervisorError> {
-        let call = Call { doing: doing.to_owned(), service: SERVICE, path: String::new(), method, args };
+        let call =
+            Call { doing: doing.to_owned(), service: SERVICE, path: String::new(), method, args };
         self.change(lease, &call).await
     }
 
@@ -137,14 +172,21 @@ impl HyperV {
         Ok(())
     }
 
-    pub(super) async fn destroy_system(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+    pub(super) async fn destroy_system(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+    ) -> Result<(), HypervisorError> {
         self.remove_from_cluster(lease, vm).await?;
         let path = wql::vm_path(vm);
-        if let Err(outrider_wmi::WmiError::NotFound { .. }) = self.wmi.get(NS_VIRTUALIZATION, &path).await {
+        if let Err(outrider_wmi::WmiError::NotFound { .. }) =
+            self.wmi.get(NS_VIRTUALIZATION, &path).await
+        {
             return Ok(());
         }
         let doing = format!("remove the definition of VM {vm}");
-        self.manage(lease, &doing, "DestroySystem", vec![("AffectedSystem", Value::Ref(path))]).await?;
+        self.manage(lease, &doing, "DestroySystem", vec![("AffectedSystem", Value::Ref(path))])
+            .await?;
         // It is gone when it cannot be read any more.
         match self.wmi.get(NS_VIRTUALIZATION, &wql::vm_path(vm)).await {
             Err(outrider_wmi::WmiError::NotFound { .. }) => Ok(()),
@@ -162,7 +204,9 @@ fn fixed_disks(disks: &[Object], new: &NewVm) -> Result<Vec<Object>, HypervisorE
         // With a new GUID the disk part of the slot may be new, too; controller and location are not.
         let place = |slot: &str| slot.split_once('\\').map(|(_, place)| place.to_ascii_lowercase());
         let same = new.disks.iter().find(|(s, _)| s.eq_ignore_ascii_case(slot));
-        let file = same.or_else(|| new.disks.iter().find(|(s, _)| place(s) == place(slot))).map(|(_, file)| file);
+        let file = same
+            .or_else(|| new.disks.iter().find(|(s, _)| place(s) == place(slot)))
+            .map(|(_, file)| file);
         let file = file.ok_or_else(|| {
             odd("set the disks of the planned VM", &format!("no restored disk for its slot {slot}"))
         })?;

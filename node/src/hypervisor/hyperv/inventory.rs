@@ -65,7 +65,11 @@ impl HyperV {
         if let Some(settings) = settings {
             seen.version = settings.str("Version").unwrap_or_default().to_owned();
             seen.generation =
-                if settings.str("VirtualSystemSubType").is_some_and(|t| t.ends_with(":1")) { 1 } else { 2 };
+                if settings.str("VirtualSystemSubType").is_some_and(|t| t.ends_with(":1")) {
+                    1
+                } else {
+                    2
+                };
             seen.disks = self.active_disks(&settings).await?;
         }
         Ok(seen)
@@ -76,10 +80,13 @@ impl HyperV {
         let doing = "list the disks of a VM";
         let storage = match self.associated(doing, &settings.path, ASSOCIATION, STORAGE).await {
             // The VM left while we looked.
-            Err(HypervisorError::Provider { source: WmiError::NotFound { .. }, .. }) => return Ok(Vec::new()),
+            Err(HypervisorError::Provider { source: WmiError::NotFound { .. }, .. }) => {
+                return Ok(Vec::new());
+            }
             storage => storage?,
         };
-        let drives = self.associated(doing, &settings.path, ASSOCIATION, RESOURCE).await.unwrap_or_default();
+        let drives =
+            self.associated(doing, &settings.path, ASSOCIATION, RESOURCE).await.unwrap_or_default();
         let mut disks = Vec::new();
         for object in storage.iter().filter(|o| is_virtual_disk(o)) {
             let Some((slot, path)) = slot_and_path(object) else { continue };
@@ -125,14 +132,22 @@ impl HyperV {
         let system = self.system(vm).await?.ok_or(HypervisorError::NoSuchVm { vm })?;
         let owners = self.cluster_owners().await?;
         let seen = self.describe(&system, vm, &owners).await?;
-        let status = |n: usize| system.array("OperationalStatus").get(n).and_then(Value::as_u64).unwrap_or(0);
+        let status = |n: usize| {
+            system.array("OperationalStatus").get(n).and_then(Value::as_u64).unwrap_or(0)
+        };
         let guid = literal(&wql::guid(vm.0));
         let vss = self
-            .query("look at a VM's integration services", &format!("SELECT * FROM Msvm_VssComponent WHERE SystemName={guid}"))
+            .query(
+                "look at a VM's integration services",
+                &format!("SELECT * FROM Msvm_VssComponent WHERE SystemName={guid}"),
+            )
             .await?;
         let guest_quiesce = vss.iter().any(|c| {
             c.u64("EnabledState") == Some(2)
-                && matches!(c.array("OperationalStatus").first().and_then(Value::as_u64), Some(2 | 3))
+                && matches!(
+                    c.array("OperationalStatus").first().and_then(Value::as_u64),
+                    Some(2 | 3)
+                )
         });
         let relations = self
             .query("look at a VM's replication", "SELECT * FROM Msvm_ReplicationRelationship")
@@ -147,7 +162,14 @@ impl HyperV {
         let folders: Vec<PathBuf> =
             folders.filter_map(|d| Path::new(&d.path).parent().map(Path::to_owned)).collect();
         let volumes = self.free_space(folders).await?;
-        Ok(VmState { vm: seen, health: status(0), operation: status(1), guest_quiesce, replication, volumes })
+        Ok(VmState {
+            vm: seen,
+            health: status(0),
+            operation: status(1),
+            guest_quiesce,
+            replication,
+            volumes,
+        })
     }
 }
 

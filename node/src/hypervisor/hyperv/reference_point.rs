@@ -11,7 +11,10 @@ use crate::hypervisor::{Checkpoint, ReferencePoint};
 use crate::lease::Lease;
 
 impl HyperV {
-    pub(super) async fn list_reference_points(&self, vm: VmGuid) -> Result<Vec<ReferencePoint>, HypervisorError> {
+    pub(super) async fn list_reference_points(
+        &self,
+        vm: VmGuid,
+    ) -> Result<Vec<ReferencePoint>, HypervisorError> {
         let wql = format!(
             "SELECT * FROM {REFERENCE_POINT} WHERE VirtualSystemIdentifier={}",
             literal(&wql::guid(vm.0))
@@ -27,7 +30,8 @@ impl HyperV {
         vm: VmGuid,
         checkpoint: &Checkpoint,
     ) -> Result<ReferencePoint, HypervisorError> {
-        let doing = format!("convert the checkpoint {:?} of VM {vm} to a reference point", checkpoint.name);
+        let doing =
+            format!("convert the checkpoint {:?} of VM {vm} to a reference point", checkpoint.name);
         let before = self.list_reference_points(vm).await?;
         let call = Call {
             doing: doing.clone(),
@@ -49,7 +53,8 @@ impl HyperV {
             }
             Err(e) if e.retry() == Retry::Inspect => Some(e),
             Err(e) => {
-                let gone = !self.recovery_checkpoints(vm).await?.iter().any(|c| c.id == checkpoint.id);
+                let gone =
+                    !self.recovery_checkpoints(vm).await?.iter().any(|c| c.id == checkpoint.id);
                 return Err(if gone {
                     HypervisorError::CheckpointGone { checkpoint: checkpoint.name.clone() }
                 } else {
@@ -67,7 +72,9 @@ impl HyperV {
                 doing,
                 detail: match found {
                     None => "it reports success, but there is no new reference point".into(),
-                    Some(_) => "several reference points appeared at once, none is known to be ours".into(),
+                    Some(_) => {
+                        "several reference points appeared at once, none is known to be ours".into()
+                    }
                 },
             }),
         }
@@ -108,7 +115,10 @@ fn reference_point(object: &Object) -> Option<ReferencePoint> {
         };
         disks.iter().zip(ids).filter_map(pair).collect()
     } else {
-        tracing::warn!(reference_point = id, "disks and change tracking ids do not pair: no disk has tracking");
+        tracing::warn!(
+            reference_point = id,
+            "disks and change tracking ids do not pair: no disk has tracking"
+        );
         Vec::new()
     };
     Some(ReferencePoint { id, path: object.path.clone(), tracking })

@@ -30,7 +30,10 @@ const VIRTUAL_DISK_KIND: &str = "Microsoft:Hyper-V:Virtual Hard Disk";
 const CONFIG_EXTENSIONS: [&str; 6] = ["vmcx", "VMCX", "vmrs", "VMRS", "vmgs", "VMGS"];
 
 impl HyperV {
-    pub(super) async fn recovery_checkpoints(&self, vm: VmGuid) -> Result<Vec<Checkpoint>, HypervisorError> {
+    pub(super) async fn recovery_checkpoints(
+        &self,
+        vm: VmGuid,
+    ) -> Result<Vec<Checkpoint>, HypervisorError> {
         let wql = format!(
             "SELECT * FROM {SETTINGS} WHERE VirtualSystemIdentifier={} AND VirtualSystemType={}",
             literal(&wql::guid(vm.0)),
@@ -82,7 +85,11 @@ impl HyperV {
         self.name_checkpoint(lease, made, name).await
     }
 
-    async fn made_since(&self, vm: VmGuid, before: &[Checkpoint]) -> Result<Option<Checkpoint>, HypervisorError> {
+    async fn made_since(
+        &self,
+        vm: VmGuid,
+        before: &[Checkpoint],
+    ) -> Result<Option<Checkpoint>, HypervisorError> {
         let now = self.recovery_checkpoints(vm).await?;
         Ok(now.into_iter().find(|c| before.iter().all(|b| b.id != c.id)))
     }
@@ -118,19 +125,26 @@ impl HyperV {
         }
     }
 
-    pub(super) async fn frozen_disks(&self, checkpoint: &Checkpoint) -> Result<Vec<FrozenDisk>, HypervisorError> {
+    pub(super) async fn frozen_disks(
+        &self,
+        checkpoint: &Checkpoint,
+    ) -> Result<Vec<FrozenDisk>, HypervisorError> {
         let doing = "list the disks of a checkpoint";
         // Also finds out that the checkpoint is gone.
         self.settings_of(checkpoint).await?;
         let parts = self
             .associated(doing, &checkpoint.path, "Msvm_VirtualSystemSettingDataComponent", STORAGE)
             .await?;
-        let mut disks: Vec<FrozenDisk> = parts.iter().filter(|o| is_virtual_disk(o)).filter_map(frozen).collect();
+        let mut disks: Vec<FrozenDisk> =
+            parts.iter().filter(|o| is_virtual_disk(o)).filter_map(frozen).collect();
         disks.sort_by(|a, b| a.slot.cmp(&b.slot));
         Ok(disks)
     }
 
-    pub(super) async fn config_files(&self, checkpoint: &Checkpoint) -> Result<Vec<PathBuf>, HypervisorError> {
+    pub(super) async fn config_files(
+        &self,
+        checkpoint: &Checkpoint,
+    ) -> Result<Vec<PathBuf>, HypervisorError> {
         let settings = self.settings_of(checkpoint).await?;
         let text = |name| settings.str(name).unwrap_or_default();
         let definition = joined(text("ConfigurationDataRoot"), text("ConfigurationFile"));

@@ -13,8 +13,7 @@ use crate::hypervisor::{Change, HypervisorError};
 /// Changes waiting for their reader; a reader that is slower hears that some were lost.
 const WAITING: usize = 256;
 
-const SYSTEMS: &str =
-    "SELECT * FROM __InstanceOperationEvent WITHIN 2 WHERE TargetInstance ISA 'Msvm_ComputerSystem'";
+const SYSTEMS: &str = "SELECT * FROM __InstanceOperationEvent WITHIN 2 WHERE TargetInstance ISA 'Msvm_ComputerSystem'";
 const RESOURCES: &str = "SELECT * FROM __InstanceOperationEvent WITHIN 2 WHERE TargetInstance ISA 'MSCluster_Resource' \
      AND TargetInstance.Type = 'Virtual Machine'";
 const NODES: &str =
@@ -23,7 +22,8 @@ const NODES: &str =
 /// Subscribes and passes changes on until the providers or the reader are gone.
 pub(super) async fn start(hyperv: HyperV) -> Result<mpsc::Receiver<Change>, HypervisorError> {
     let doing = "subscribe to the hypervisor's events";
-    let systems = hyperv.wmi.subscribe(NS_VIRTUALIZATION, SYSTEMS).await.map_err(provider(doing))?;
+    let systems =
+        hyperv.wmi.subscribe(NS_VIRTUALIZATION, SYSTEMS).await.map_err(provider(doing))?;
     let resources = optional(hyperv.wmi.subscribe(NS_CLUSTER, RESOURCES).await, doing)?;
     let nodes = optional(hyperv.wmi.subscribe(NS_CLUSTER, NODES).await, doing)?;
     let (sender, receiver) = mpsc::channel(WAITING);
