@@ -1,0 +1,60 @@
+//! `outrider vm`
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+use outrider_proto::rpc;
+use serde_json::json;
+
+use super::connect::Connection;
+use super::{Done, view};
+use crate::output;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// All VMs that agents report
+    List {
+        /// Only VMs of this name
+        #[arg(long)]
+        name: Option<String>,
+        #[command(flatten)]
+        connection: Connection,
+    },
+}
+
+pub(super) async fn run(command: Command, json: bool) -> Done {
+    let Command::List { name, connection } = command;
+    let vms = connection.open()?.vms(&name.unwrap_or_default()).await?;
+    if json {
+        let vms: Vec<_> = vms.iter().map(view::vm).collect();
+        output::json(&json!({ "ok": true, "vms": vms }));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let rows = vms.iter().map(|v| {
+        let size: u64 = v.disks.iter().map(|d| d.size_bytes).sum();
+        [
+            v.name.clone(),
+            output::or_dash(&v.host),
+            v.state.clone(),
+            output::bytes(size),
+            output::or_dash(&v.group_name),
+            v.points.to_string(),
+            output::time(v.last_point_unix_ms),
+            note(v),
+            view::vm_key(v.key.as_ref()),
+        ]
+    });
+    let headers = ["vm", "host", "state", "disks", "group", "points", "last point", "note", "id"];
+    println!("{}", output::right(output::table(headers, rows.collect()), &[3, 5]));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn note(v: &rpc::Vm) -> String {
+    if v.duplicate {
+        "seen on two hosts".to_owned()
+    } else if !v.duties.is_empty() {
+        format!("{} open duties", v.duties.len())
+    } else {
+        "-".to_owned()
+    }
+}
