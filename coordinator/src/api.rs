@@ -26,6 +26,10 @@ fn proposal(leader: &Leader, error: ProposeError) -> Status {
         ProposeError::NotLeader { leader: address } => {
             status::not_leader(address.or_else(|| other_leader(leader)).unwrap_or_default())
         }
+        ProposeError::NoMajority => status::status(
+            &error_code::NO_LEADER,
+            "no majority of the coordinators confirmed this in time; ask again, and start the coordinators that are down",
+        ),
         ProposeError::Stopped(fatal) => status::status(
             &error_code::INTERNAL,
             format!("Raft has stopped on this coordinator ({fatal}); restart it"),

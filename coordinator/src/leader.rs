@@ -34,6 +34,8 @@ pub(crate) use sessions::{AgentSession, AttachError};
 
 /// Events of agents that wait for their decision. Full: the streams are read no further.
 const EVENT_QUEUE: usize = 256;
+/// A majority that does not answer within this is taken for lost; a following leader is elected in less.
+const DOUBT: Duration = Duration::from_secs(2);
 /// Longest pause between two looks, for what only time brings (leases, schedules).
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -67,6 +69,15 @@ struct Reign {
     agents: BTreeMap<String, sessions::Agent>,
     storage: BTreeMap<String, sessions::Storage>,
     next_session: u64,
+}
+
+/// What operators are shown of jobs beside the state.
+#[derive(Debug)]
+pub(crate) struct Outlook {
+    pub(crate) live: Live,
+    pub(crate) progress: BTreeMap<JobId, Progress>,
+    pub(crate) limits: Limits,
+    pub(crate) now_ms: u64,
 }
 
 /// How far a running job is.
@@ -151,6 +162,26 @@ impl Leader {
             }
         }
         self.abdicate();
+    }
+
+    /// Lets agents and storage nodes go when no majority confirms any more that this member leads: openraft's leader
+    /// does not step down by itself, and they must look for the one that others may have elected.
+    pub(crate) async fn doubt(&self, token: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = token.cancelled() => return,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            let reigns = self.lock().is_some();
+            if !reigns {
+                continue;
+            }
+            let proven = tokio::time::timeout(DOUBT, self.member.prove()).await;
+            if !matches!(proven, Ok(Ok(_))) {
+                tracing::warn!("no majority confirms that this member leads");
+                self.abdicate();
+            }
+        }
     }
 
     /// Decides on what agents report, one report after the other, each on the state that the last one left.
@@ -305,9 +336,14 @@ impl Leader {
         layout
     }
 
-    /// Progress of a running job.
-    pub(crate) fn progress(&self, job: JobId) -> Option<Progress> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner).get(&job).cloned()
+    /// What only the leader knows of jobs. Taken *before* the state is read: see [`Self::lock`].
+    pub(crate) fn outlook(&self) -> Outlook {
+        Outlook {
+            live: self.live(),
+            progress: self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            limits: self.settings.limits,
+            now_ms: self.member.clock().unix_millis(),
+        }
     }
 
     /// Tells when some job's progress changed.
@@ -320,6 +356,7 @@ impl Leader {
         self.progressed.send_modify(|count| *count += 1);
     }
 
+    /// The replica's lock is the innermost one: whoever reads the state takes no other lock meanwhile.
     fn lock(&self) -> MutexGuard<'_, Option<Reign>> {
         self.reign.lock().unwrap_or_else(PoisonError::into_inner)
     }

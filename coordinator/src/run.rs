@@ -133,6 +133,10 @@ pub async fn run(
     }
     {
         let (leader, stop) = (Arc::clone(&leader), group.token());
+        group.spawn_critical("doubt", async move { leader.doubt(stop).await });
+    }
+    {
+        let (leader, stop) = (Arc::clone(&leader), group.token());
         group.spawn_critical("follow", async move { leader.follow(queue, stop).await });
     }
     let (key_error, mut keys_failed) = oneshot::channel();

@@ -21,7 +21,7 @@ pub(crate) mod vms;
 #[cfg(test)]
 mod invariants;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 

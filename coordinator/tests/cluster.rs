@@ -59,7 +59,8 @@ async fn roles_and_names_are_kept_apart() {
     let mut as_agent = fabric.operator_as(leader, fabric::Caller::Node("hv1")).await;
     let status = as_agent.list_hosts(rpc::ListHostsRequest {}).await.expect_err("an agent");
     assert_eq!(code(&status), error_code::DENIED.code);
-    let status = Agent::try_attach(&fabric, "hv1", "hv2", 1).await.map(drop).expect_err("another's name");
+    let status =
+        Agent::try_attach(&fabric, "hv1", "hv2", 1).await.map(drop).expect_err("another's name");
     assert_eq!(code(&status), error_code::DENIED.code);
     let status = StorageNode::try_attach(&fabric, "s1", "s2").await.expect_err("another's name");
     assert_eq!(code(&status), error_code::DENIED.code);
@@ -393,5 +394,39 @@ async fn watching_shows_progress_and_ends_with_the_job() {
         _ => None,
     });
     assert!(ended.await.reason.contains("cancelled"));
+    fabric.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_without_a_majority_lets_its_agents_go_and_calls_itself_stale() {
+    let mut fabric = Fabric::start(3).await;
+    let mut hv1 = Agent::attach(&fabric, "hv1", 1).await;
+    let leader = fabric.leader().await;
+    for other in fabric.others(leader) {
+        fabric.stop(other).await;
+    }
+    hv1.cut_off().await;
+    let status = fabric.operator_at(leader).await.status(rpc::StatusRequest {}).await;
+    assert!(status.expect("answers").into_inner().stale);
+    fabric.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_shared_leader_client_finds_us() {
+    use outrider_process::identity::Role;
+    use outrider_process::leader::LeaderClient;
+    use outrider_proto::rpc::operator_client::OperatorClient;
+    let fabric = Fabric::start(3).await;
+    let leader = fabric.leader().await;
+    let mut addresses: Vec<String> =
+        fabric.others(leader).iter().map(|id| fabric.address(*id)).collect();
+    addresses.push(fabric.address(leader));
+    let client = LeaderClient::new(addresses, fabric.identity(Role::Operator, "ann"));
+    let hosts = client
+        .call(Duration::from_secs(10), |channel| async move {
+            OperatorClient::new(channel).list_hosts(rpc::ListHostsRequest {}).await
+        })
+        .await;
+    assert!(hosts.expect("the leader answers").into_inner().hosts.is_empty());
     fabric.shutdown().await;
 }

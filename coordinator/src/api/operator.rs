@@ -69,7 +69,8 @@ impl OperatorService {
     }
 
     fn job(&self, id: JobId) -> Result<rpc::Job, Status> {
-        self.read(|state| state.jobs.get(id).map(|job| view::job(state, &self.leader, job)))
+        let outlook = self.leader.outlook();
+        self.read(|state| state.jobs.get(id).map(|job| view::job(state, &outlook, job)))
             .ok_or_else(|| unknown_job(&id))
     }
 }
@@ -222,9 +223,10 @@ impl Operator for OperatorService {
             let id = parse("ListJobsRequest", "job_id", &r.job_id)?;
             return Ok(Response::new(rpc::ListJobsReply { jobs: vec![self.job(id)?] }));
         }
+        let outlook = self.leader.outlook();
         let jobs = self.read(|state| {
             let vm = if r.vm.is_empty() { None } else { Some(names::vm(state, &r.vm)?) };
-            Ok(view::jobs(state, &self.leader, vm.as_ref(), &r.state, r.limit))
+            Ok(view::jobs(state, &outlook, vm.as_ref(), &r.state, r.limit))
         });
         Ok(Response::new(rpc::ListJobsReply { jobs: jobs.map_err(named)? }))
     }

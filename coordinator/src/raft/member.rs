@@ -18,6 +18,8 @@ use crate::state::{Change, Command, Outcome};
 /// How long a proof of leadership may be used again. Far below the time between the cut-off of an agent and the end of
 /// its lease, so that it shortens no safety margin.
 const PROOF_AGE: Duration = Duration::from_millis(100);
+/// A leader without a majority waits for ever; whoever asked is told to ask again.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Log entries between snapshots: a restart replays at most these.
 const SNAPSHOT_EVERY: u64 = 2_000;
 /// Entries kept behind a snapshot, for members that lag a little.
@@ -55,6 +57,9 @@ pub(crate) enum ProposeError {
     /// Another member leads, or none.
     #[error("this coordinator is not the leader")]
     NotLeader { leader: Option<String> },
+    /// The change may take effect later, or never.
+    #[error("no majority of the coordinators confirmed the change in time")]
+    NoMajority,
     /// Raft has stopped.
     #[error("Raft has stopped on this member")]
     Stopped(#[source] Box<openraft::error::Fatal<u64>>),
@@ -166,7 +171,9 @@ impl Member {
     /// The proposal goes on when the future is dropped.
     pub(crate) async fn propose(&self, change: Change) -> Result<Outcome, ProposeError> {
         let command = Command { at_ms: self.clock.unix_millis(), change };
-        match self.raft.client_write(command).await {
+        let written = tokio::time::timeout(PATIENCE, self.raft.client_write(command));
+        let Ok(written) = written.await else { return Err(ProposeError::NoMajority) };
+        match written {
             Ok(written) => Ok(written.data),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to))) => {
                 Err(ProposeError::NotLeader { leader: to.leader_node.map(|node| node.addr) })

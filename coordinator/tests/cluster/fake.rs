@@ -162,6 +162,12 @@ impl Agent {
         tokio::time::timeout(DEADLINE, wait).await.expect("the leader says it in time")
     }
 
+    /// Waits until the leader ends the stream.
+    pub(crate) async fn cut_off(&mut self) {
+        let ends = async { while let Ok(Some(_)) = self.down.message().await {} };
+        tokio::time::timeout(DEADLINE, ends).await.expect("the leader lets go in time");
+    }
+
     pub(crate) async fn lease(&mut self) -> rpc::JobLease {
         self.wait(|what| match what {
             What::Lease(lease) => Some(lease),

@@ -7,7 +7,7 @@ use outrider_proto::ids::{GroupId, VmKey};
 use outrider_proto::rpc;
 
 use super::wire;
-use crate::leader::{Leader, wire_layout};
+use crate::leader::{Leader, Outlook, wire_layout};
 use crate::schedule::{self, Live};
 use crate::state::State;
 use crate::state::groups::Policy;
@@ -109,7 +109,7 @@ fn policy(policy: &Policy) -> rpc::Policy {
 /// Newest first.
 pub(super) fn jobs(
     state: &State,
-    leader: &Leader,
+    outlook: &Outlook,
     vm: Option<&VmKey>,
     wanted: &str,
     limit: u32,
@@ -119,7 +119,7 @@ pub(super) fn jobs(
     jobs.sort_by_key(|job| std::cmp::Reverse((job.created_ms, job.id)));
     let limit = if limit == 0 { JOBS } else { limit as usize };
     jobs.into_iter()
-        .map(|found| (found, job(state, leader, found)))
+        .map(|found| (found, job(state, outlook, found)))
         .filter(|(found, shown)| match wanted {
             "" => true,
             "running" => found.lease().is_some(),
@@ -131,15 +131,13 @@ pub(super) fn jobs(
 }
 
 /// A job with its progress, if it runs.
-pub(super) fn job(state: &State, leader: &Leader, job: &Job) -> rpc::Job {
-    let progress = leader.progress(job.id).filter(|_| job.lease().is_some());
+pub(super) fn job(state: &State, outlook: &Outlook, job: &Job) -> rpc::Job {
+    let progress = outlook.progress.get(&job.id).filter(|_| job.lease().is_some());
     let phase = progress.as_ref().map(|p| p.phase.clone()).unwrap_or_default();
     let last_host = || job.attempts.last().map(|a| a.host.clone()).unwrap_or_default();
     let (shown, reason, host, ended) = match &job.stage {
         Stage::Pending { .. } => {
-            let limits = &leader.settings().limits;
-            let now = leader.member().clock().unix_millis();
-            let waits = schedule::waits(state, &leader.live(), limits, job, now);
+            let waits = schedule::waits(state, &outlook.live, &outlook.limits, job, outlook.now_ms);
             let mut reason = waits.map(|w| w.to_string()).unwrap_or_default();
             if !job.message.is_empty() {
                 reason = format!("{reason} (last attempt: {})", job.message).trim().to_owned();

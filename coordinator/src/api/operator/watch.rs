@@ -59,6 +59,7 @@ fn look(
     ids: &[JobId],
     sent: &BTreeMap<JobId, rpc::Job>,
 ) -> (Vec<(JobId, rpc::Job)>, bool) {
+    let outlook = leader.outlook();
     leader.member().replica().read(|state| {
         let named: Vec<JobId> = if ids.is_empty() {
             let mut all: Vec<JobId> = state.jobs.unfinished().map(|job| job.id).collect();
@@ -74,7 +75,7 @@ fn look(
         for id in named {
             let Some(job) = state.jobs.get(id) else { continue };
             all_ended &= job.has_ended();
-            let shown = view::job(state, leader, job);
+            let shown = view::job(state, &outlook, job);
             if sent.get(&id) != Some(&shown) {
                 changed.push((id, shown));
             }
