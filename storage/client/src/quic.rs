@@ -139,8 +139,11 @@ impl QuicTransport {
             layout_epoch: opening.layout_epoch,
             ticket: opening.ticket,
         };
-        write_frame(&mut send, &open).await.map_err(failed)?;
-        crate::frame_io::finish(&mut send);
+        // A node that refuses stops reading; its answer says why.
+        match write_frame(&mut send, &open).await {
+            Err(error) if error.is_connection() => return Err(failed(error)),
+            _ => crate::frame_io::finish(&mut send),
+        }
         match recv.expect("Opened").await.map_err(failed)? {
             Frame::Opened { fabric, node: name, incarnation, layout_epoch } => {
                 if fabric != self.fabric || name != node.name {

@@ -1,0 +1,175 @@
+//! Fetching what this node should keep and does not: after a start, after a new layout, and from time to time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use outrider_format::entry::{Name, Provenance};
+use outrider_proto::frame::Space;
+use outrider_proto::ids::{ChunkId, JobId, PgId};
+use outrider_proto::layout::{Layout, StorageNode};
+use outrider_storage_client::TransportError;
+use outrider_storage_client::transport::ChunkSession;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::StoreError;
+use crate::metrics::StorageMetrics;
+use crate::peers::Peers;
+use crate::store::{Append, Store};
+
+/// Ids fetched with one request.
+const FETCH: usize = 32;
+
+/// The task that fetches.
+pub struct CatchUp {
+    /// This node.
+    pub name: String,
+    /// Store.
+    pub store: Arc<Store>,
+    /// Other nodes.
+    pub peers: Arc<Peers>,
+    /// Layout.
+    pub layout: watch::Receiver<Layout>,
+    /// Told to whoever answers `Have`: whether something may be missing here.
+    pub incomplete: watch::Sender<bool>,
+    /// Figures.
+    pub metrics: StorageMetrics,
+    /// Bytes a second.
+    pub rate: u64,
+    /// Pause between two looks.
+    pub every: Duration,
+}
+
+/// Why a look ended early.
+#[derive(Debug, thiserror::Error)]
+enum CatchUpError {
+    #[error(transparent)]
+    Peer(#[from] TransportError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl CatchUp {
+    /// Looks and fetches until cancelled.
+    pub async fn run(mut self, token: CancellationToken) {
+        loop {
+            let work = async {
+                let complete = self.look().await;
+                self.incomplete.send_replace(!complete);
+                // What could not be asked is asked again soon.
+                let pause =
+                    if complete { self.every } else { self.every.min(Duration::from_secs(1)) };
+                let _ = tokio::time::timeout(pause, self.layout.changed()).await;
+            };
+            tokio::select! {
+                () = work => {}
+                () = token.cancelled() => return,
+            }
+        }
+    }
+
+    /// One look at all PGs and names. Whether every other replica could be asked and nothing is missing.
+    async fn look(&self) -> bool {
+        let layout = self.layout.borrow().clone();
+        if layout.node(&self.name).is_none() {
+            return false;
+        }
+        let mut complete = true;
+        for peer in layout.nodes.iter().filter(|n| n.name != self.name) {
+            let shared: Vec<PgId> = (0..u16::try_from(layout.pgs.len()).unwrap_or(u16::MAX))
+                .map(PgId)
+                .filter(|&pg| layout.keeps(&self.name, pg) && layout.keeps(&peer.name, pg))
+                .collect();
+            if let Err(error) = self.from_peer(&layout, peer, &shared).await {
+                tracing::debug!(%error, peer = %peer.name, "could not catch up from this node");
+                complete = false;
+            }
+        }
+        self.metrics.catching_up.set(0);
+        complete
+    }
+
+    async fn from_peer(
+        &self,
+        layout: &Layout,
+        peer: &StorageNode,
+        shared: &[PgId],
+    ) -> Result<(), CatchUpError> {
+        let session = self.peers.session(peer).await?;
+        for &pg in shared {
+            let mut after = ChunkId::HOLE;
+            loop {
+                let ids = session.list_pg(pg, after).await?;
+                let Some(&last) = ids.last() else { break };
+                after = last;
+                let mut missing = Vec::new();
+                for id in ids {
+                    if !self.store.contains(&id)? {
+                        missing.push(id);
+                    }
+                }
+                self.fetch(&*session, layout, pg, missing).await?;
+            }
+        }
+        self.named(&*session, layout).await
+    }
+
+    async fn fetch(
+        &self,
+        session: &dyn ChunkSession,
+        layout: &Layout,
+        pg: PgId,
+        missing: Vec<ChunkId>,
+    ) -> Result<(), CatchUpError> {
+        self.metrics.catching_up.set(i64::try_from(missing.len()).unwrap_or(i64::MAX));
+        for ids in missing.chunks(FETCH) {
+            let records = session.get(ids.to_vec()).await?;
+            let appends: Vec<Append> = records
+                .into_iter()
+                .zip(ids)
+                .filter_map(|(record, id)| record.filter(|r| r.id() == *id && r.verify().is_ok()))
+                .map(|record| Append { provenance: self.provenance(layout, pg), record })
+                .collect();
+            let bytes: u64 = appends.iter().map(|a| a.record.bytes().len() as u64).sum();
+            self.metrics.caught_up.inc_by(appends.len() as u64);
+            self.store.append(appends).await?;
+            // Repair must leave room for the work of the day: this is the rate, not a wait for something.
+            tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / self.rate.max(1) as f64))
+                .await;
+        }
+        if !missing.is_empty() {
+            self.store.sync().await?;
+            tracing::info!(%pg, records = missing.len(), from = %session.opened().node, "caught up");
+        }
+        Ok(())
+    }
+
+    async fn named(&self, session: &dyn ChunkSession, layout: &Layout) -> Result<(), CatchUpError> {
+        for space in [Space::Root, Space::Journal, Space::State] {
+            for named in session.list_named(space, Vec::new()).await? {
+                let known = self.store.list_named(space, &named.key)?;
+                let newer = known.iter().any(|k| k.key == named.key && k.fence >= named.fence);
+                if newer || named.record.verify().is_err() {
+                    continue;
+                }
+                let name = Name { space: space as u8, key: named.key, fence: named.fence };
+                let provenance = self.provenance(layout, PgId(0));
+                match self.store.put_named(name, provenance, named.record).await {
+                    // A newer entry of the same job is here already: the old one is of no use.
+                    Ok(()) | Err(StoreError::Fenced { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn provenance(&self, layout: &Layout, pg: PgId) -> Provenance {
+        Provenance {
+            layout_epoch: layout.epoch,
+            incarnation: self.store.incarnation(),
+            job: JobId::from_bytes([0; 16]),
+            pg,
+        }
+    }
+}
