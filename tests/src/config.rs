@@ -16,10 +16,12 @@ fn list(values: &[String]) -> String {
 }
 
 fn rim(plan: &Plan) -> String {
-    let mut out = String::from("observability = \"127.0.0.1:0\"\n");
-    if plan.verbose {
-        out.push_str("log = { filter = \"debug,h2=info,tower=info,hyper=info,sled=info\" }\n");
-    }
+    let level = if plan.verbose { "debug" } else { "info" };
+    let mut out = format!(
+        "observability = \"127.0.0.1:0\"\nlog = {{ filter = \"warn,outrider={level},\
+         outrider_coordinator={level},outrider_storage={level},outrider_storage_client={level},\
+         outrider_node={level},outrider_process={level}\" }}\n"
+    );
     if let Some(endpoint) = &plan.otlp {
         let _ = writeln!(out, "telemetry = {{ otlp_endpoint = {} }}", text(endpoint));
     }

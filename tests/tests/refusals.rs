@@ -146,8 +146,9 @@ fn two_processes_on_one_data_folder_are_refused() {
 
 /// A VHDX with something in it.
 fn disk(path: &Path) {
-    let mut disk = VhdxWriter::create(path, &CreateOptions::dynamic(8 * MIB)).expect("created");
-    disk.write_at(MIB, &[7; 1 << 20]).expect("written");
+    let options = CreateOptions { block_size: 1 << 20, ..CreateOptions::dynamic(8 * MIB) };
+    let mut disk = VhdxWriter::create(path, &options).expect("created");
+    disk.write_at(0, &vec![7; 8 << 20]).expect("written");
     disk.close().expect("closed");
 }
 
