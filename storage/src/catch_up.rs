@@ -80,7 +80,7 @@ impl CatchUp {
                 .map(PgId)
                 .filter(|&pg| layout.keeps(&self.name, pg) && layout.keeps(&peer.name, pg))
                 .collect();
-            if let Err(error) = self.from_peer(&layout, peer, &shared).await {
+            if let Err(error) = self.look_at(&layout, peer, &shared).await {
                 tracing::debug!(%error, peer = %peer.name, "could not catch up from this node");
                 complete = false;
             }
@@ -89,7 +89,7 @@ impl CatchUp {
         complete
     }
 
-    async fn from_peer(
+    async fn look_at(
         &self,
         layout: &Layout,
         peer: &StorageNode,

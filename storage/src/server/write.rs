@@ -147,14 +147,15 @@ pub(super) async fn barrier(
         .collect();
     let mut asked = FuturesUnordered::new();
     if !access.is_storage() {
-        let mut by_replica: BTreeMap<&str, (&StorageNode, Vec<(PgId, u32)>)> = BTreeMap::new();
+        let mut by_replica: BTreeMap<&str, Vec<(PgId, u32)>> = BTreeMap::new();
         for &(pg, puts) in pgs.iter().filter(|(_, puts)| *puts > 0) {
             for replica in others(node, &layout, pg) {
-                by_replica.entry(&replica.name).or_insert((replica, Vec::new())).1.push((pg, puts));
+                by_replica.entry(&replica.name).or_default().push((pg, puts));
             }
         }
-        for (replica, pgs) in by_replica.into_values() {
-            asked.push(ask_replica(node, replica, head, pgs));
+        for (name, pgs) in by_replica {
+            let replica = layout.node(name);
+            asked.extend(replica.map(|replica| ask_replica(node, replica, head, pgs)));
         }
     }
     let own = own_receipt(node, head, &pgs);
