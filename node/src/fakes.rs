@@ -81,6 +81,12 @@ impl MemoryStore {
         (kept.puts, kept.put_bytes, kept.data_puts)
     }
 
+    /// Whether everything put is durable.
+    #[must_use]
+    pub fn settled(&self) -> bool {
+        locked(&self.inner).pending.is_empty()
+    }
+
     /// Whether an id is durable.
     #[must_use]
     pub fn holds(&self, id: &ChunkId) -> bool {

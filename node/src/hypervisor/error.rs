@@ -64,6 +64,14 @@ pub enum HypervisorError {
         /// VM.
         vm: VmGuid,
     },
+    /// Another recovery checkpoint appeared first; a VM has one at a time.
+    #[error("VM {vm} has got another recovery checkpoint, {name:?}, before ours could be made")]
+    Occupied {
+        /// VM.
+        vm: VmGuid,
+        /// Name of the other one.
+        name: String,
+    },
     /// The checkpoint is not there.
     #[error("the checkpoint {checkpoint} is gone")]
     CheckpointGone {
@@ -98,6 +106,7 @@ impl HypervisorError {
         match self {
             Self::Provider { source, .. } if source.is_transient() => Retry::Inspect,
             Self::OutcomeUnknown { .. } => Retry::Inspect,
+            Self::Occupied { .. } => Retry::Later,
             Self::Refused { code, .. } => match code {
                 // In use, wrong state, not available, out of memory; 5 is the CIM code of "invalid state".
                 32774 | 32775 | 32777 | 32778 | 5 | 0x8007_0020 => Retry::Later,

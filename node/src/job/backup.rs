@@ -21,6 +21,7 @@ use outrider_proto::ids::VmKey;
 use outrider_proto::model::Binding;
 use outrider_proto::rpc::{self, DutyState};
 
+use super::leftovers::Recorded;
 use super::{JobContext, JobError, Outcome, capture, checkpoint, commit, handover, leftovers};
 use crate::hypervisor::Checkpoint;
 use crate::journal::{Adopted, Journal};
@@ -84,7 +85,7 @@ async fn abandon(
     vm: &VmKey,
 ) -> Result<(), JobError> {
     let known = ask(context, message).await?;
-    leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), None).await
+    leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), Recorded::End).await
 }
 
 async fn ask(context: &JobContext, message: &rpc::JobLease) -> Result<rpc::AskReply, JobError> {
@@ -113,9 +114,10 @@ async fn steps(
         let open = match adoptable(context, vm, &known, &journal).await? {
             Some(open) => open,
             None => {
-                leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), None)
-                    .await?;
-                let made = checkpoint::make(context, message, vm, work).await?;
+                let bound = known.binding.as_ref();
+                leftovers::clear(context, vm.guid, &known.duties, bound, Recorded::Keep).await?;
+                let late = known.duties.iter().any(|d| d.state() == DutyState::Recorded);
+                let made = checkpoint::make(context, message, vm, work, late).await?;
                 warnings.extend(made.warnings.iter().cloned());
                 Open {
                     checkpoint: made.checkpoint,

@@ -14,6 +14,8 @@ use crate::precheck::{self, Situation};
 
 /// What every checkpoint of ours is called first.
 pub(super) const PREFIX: &str = "Outrider ";
+/// Times that somebody else's checkpoint may come first.
+const ROUNDS: u32 = 5;
 /// How long a VM that is not on this host is waited for: a move is followed by the end of this lease.
 const VM_WAIT: Duration = Duration::from_secs(60);
 
@@ -42,15 +44,19 @@ fn name(context: &JobContext, attempt: u32) -> String {
 }
 
 /// Checks, records the duty, makes the checkpoint, names it, reports it.
+///
+/// `late`: an earlier attempt recorded its duty and died; the hypervisor may carry its call out only now. A nameless
+/// recovery checkpoint that shows up meanwhile is that call's, and is removed.
 pub(super) async fn make(
     context: &JobContext,
     message: &rpc::JobLease,
     vm: &VmKey,
     work: &rpc::BackupWork,
+    late: bool,
 ) -> Result<Made, JobError> {
     context.phase("preparing");
     context.lease.wait_to_mutate().await?;
-    let (state, warnings) = until_possible(context, vm.guid, work.require_all_disks).await?;
+    let (state, warnings) = until_possible(context, vm.guid, work.require_all_disks, late).await?;
     let wanted = Wanted { wanted: work.wanted(), minimum: work.minimum() };
     let plan = consistency::plan(&state, wanted)?;
     let checkpoint_name = name(context, message.attempt);
@@ -64,7 +70,17 @@ pub(super) async fn make(
         })
         .await?;
     context.phase("creating the checkpoint");
-    let (checkpoint, way) = match try_ways(context, vm.guid, &checkpoint_name, &plan.ways).await {
+    let mut made = try_ways(context, vm.guid, &checkpoint_name, &plan.ways).await;
+    let mut rounds = 0;
+    while let Err(JobError::Hypervisor(e @ HypervisorError::Occupied { .. })) = &made
+        && rounds < ROUNDS
+    {
+        tracing::info!(reason = %e, "the checkpoint has to wait");
+        rounds += 1;
+        until_possible(context, vm.guid, work.require_all_disks, late).await?;
+        made = try_ways(context, vm.guid, &checkpoint_name, &plan.ways).await;
+    }
+    let (checkpoint, way) = match made {
         Ok(made) => made,
         Err(e) => {
             // Superseded: the duty is the next holder's. Else nothing is there, or the duty stays open and is cleaned up.
@@ -87,6 +103,7 @@ async fn until_possible(
     context: &JobContext,
     vm: VmGuid,
     require_all_disks: bool,
+    late: bool,
 ) -> Result<(VmState, Vec<String>), JobError> {
     let started = Instant::now();
     let mut backoff =
@@ -102,6 +119,14 @@ async fn until_possible(
                     .into_iter()
                     .filter(|c| !is_ours(c))
                     .collect();
+                if late && let [one] = foreign.as_slice() {
+                    tracing::warn!(
+                        checkpoint = one.name,
+                        "removing the checkpoint of an earlier attempt's late call"
+                    );
+                    context.hypervisor.destroy_checkpoint(&context.lease, vm, one).await?;
+                    continue;
+                }
                 let captured = state.vm.disks.iter().filter(|d| d.uncapturable.is_none());
                 let disk_bytes = captured.map(|d| d.size).sum();
                 let situation = Situation { foreign: &foreign, require_all_disks, disk_bytes };

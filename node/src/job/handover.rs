@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::backup::Open;
 use super::checkpoint::update_duty;
 use super::commit::Committed;
+use super::leftovers::Recorded;
 use super::{JobContext, JobError, capture, leftovers};
 use crate::hypervisor::{Checkpoint, HypervisorError, ReferencePoint};
 use crate::journal::{Adopted, BeforeConversion, Journal, JournalWriter};
@@ -260,9 +261,9 @@ async fn clean(context: &JobContext, vm: &VmKey, known: &[rpc::Duty]) -> Result<
     let job = context.lease.job().to_string();
     let (mine, others): (Vec<rpc::Duty>, Vec<rpc::Duty>) =
         duties.into_iter().filter(|d| d.state() != DutyState::Done).partition(|d| d.job_id == job);
-    leftovers::clear(context, vm.guid, &others, now.binding.as_ref(), None).await?;
+    leftovers::clear(context, vm.guid, &others, now.binding.as_ref(), Recorded::End).await?;
     wait_for_merge(context, vm).await?;
-    leftovers::clear(context, vm.guid, &mine, now.binding.as_ref(), None).await
+    leftovers::clear(context, vm.guid, &mine, now.binding.as_ref(), Recorded::End).await
 }
 
 async fn wait_for_merge(context: &JobContext, vm: &VmKey) -> Result<(), JobError> {

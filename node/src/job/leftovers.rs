@@ -28,23 +28,31 @@ pub(super) async fn run(
         Ok(known) => known,
         Err(e) => return Outcome::failed(e.into(), false),
     };
-    match clear(context, vm.guid, &known.duties, known.binding.as_ref(), None).await {
+    match clear(context, vm.guid, &known.duties, known.binding.as_ref(), Recorded::End).await {
         Ok(()) => Outcome { data_safe: true, host_clean: true, ..Outcome::default() },
         Err(e) => Outcome::failed(e, false),
     }
 }
 
-/// Removes what `duties` and names of ours point to, except the checkpoint `keep`, and ends the duties.
+/// What becomes of a duty that was recorded and of which nothing is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Recorded {
+    /// It ends.
+    End,
+    /// It stays open: the hypervisor may carry a dead attempt's call out later.
+    Keep,
+}
+
+/// Removes what `duties` and names of ours point to, and ends the duties.
 pub(super) async fn clear(
     context: &JobContext,
     vm: VmGuid,
     duties: &[rpc::Duty],
     binding: Option<&rpc::Binding>,
-    keep: Option<&Checkpoint>,
+    recorded: Recorded,
 ) -> Result<(), JobError> {
     context.lease.wait_to_mutate().await?;
-    let mut checkpoints = context.hypervisor.checkpoints(vm).await?;
-    checkpoints.retain(|c| keep.is_none_or(|k| k.id != c.id));
+    let checkpoints = context.hypervisor.checkpoints(vm).await?;
     let points = context.hypervisor.reference_points(vm).await?;
     let bound = binding.map(|b| b.reference_point_id.as_str()).unwrap_or_default();
     let open: Vec<&rpc::Duty> = duties.iter().filter(|d| d.state() != DutyState::Done).collect();
@@ -66,13 +74,14 @@ pub(super) async fn clear(
         }
     }
     for duty in open {
-        if keep.is_some_and(|k| names(duty, k)) {
-            continue;
-        }
         if !duty.reference_point_id.is_empty()
             && !duty.reference_point_id.eq_ignore_ascii_case(bound)
         {
             remove_point(context, vm, &points, &duty.reference_point_id).await?;
+        }
+        let found = unnamed_is_ours || checkpoints.iter().any(|c| names(duty, c));
+        if duty.state() == DutyState::Recorded && !found && recorded == Recorded::Keep {
+            continue;
         }
         update_duty(context, duty, DutyState::Done, None, None).await?;
     }

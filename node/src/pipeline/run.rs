@@ -17,6 +17,11 @@ use crate::store::BarrierError;
 const LEAVES: usize = 4;
 /// Leaves finished since the last barrier; bounds what is kept to find lost ids in.
 const UNCONFIRMED: usize = 2048;
+/// Share of all that was sent which may be without a barrier, as a divisor: what an agent loses when it is killed stays
+/// small beside what it did, and the number of windows in a commit stays small, too.
+const BARRIER_SHARE: u64 = 8;
+/// Least distance of barriers in sealed bytes.
+const LEAST_BARRIER: u64 = 32 << 20;
 /// Rounds of sending again before storage is called broken.
 pub(super) const ROUNDS: u32 = 20;
 
@@ -141,6 +146,9 @@ impl Pipeline {
                     barrier = None;
                     self.after_barrier(drive, covered, outcome).await?;
                 }
+                // Reads may stand still for long (a volume pauses I/O): what was sent before becomes durable anyway.
+                () = tokio::time::sleep_until(drive.last_barrier + self.bounds.barrier_interval),
+                    if barrier.is_none() && !drive.unconfirmed.is_empty() => {}
                 written = maybe(&mut journal) => {
                     journal = None;
                     written?;
@@ -175,8 +183,10 @@ impl Pipeline {
         if drive.unconfirmed.is_empty() {
             return false;
         }
-        let sent = self.stats.snapshot().sent_bytes.saturating_sub(drive.sent_before);
-        sent >= self.bounds.barrier_bytes
+        let total = self.stats.snapshot().sent_bytes;
+        let sent = total.saturating_sub(drive.sent_before);
+        let distance = (total / BARRIER_SHARE).max(LEAST_BARRIER).min(self.bounds.barrier_bytes);
+        sent >= distance
             || drive.unconfirmed.len() >= UNCONFIRMED
             || drive.last_barrier.elapsed() >= self.bounds.barrier_interval
     }

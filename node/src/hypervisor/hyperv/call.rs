@@ -93,6 +93,20 @@ impl HyperV {
         lease: &Lease,
         call: &Call<'_>,
     ) -> Result<Finished, HypervisorError> {
+        self.change_unless(lease, call, || async { Ok(()) }).await
+    }
+
+    /// As [`HyperV::change`]; before an attempt is repeated, `obstacle` may say that it makes no sense any more.
+    pub(super) async fn change_unless<F, Fut>(
+        &self,
+        lease: &Lease,
+        call: &Call<'_>,
+        obstacle: F,
+    ) -> Result<Finished, HypervisorError>
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = Result<(), HypervisorError>>,
+    {
         let until = Instant::now() + self.times.busy_patience;
         let mut backoff =
             Backoff::new(self.times.busy_first, self.times.busy_ceiling, Backoff::any_seed());
@@ -102,8 +116,12 @@ impl HyperV {
                 Ok(finished) => return Ok(finished),
                 Err(failure) => failure,
             };
+            if failure.retry() != Retry::Later {
+                return Err(failure);
+            }
+            obstacle().await?;
             let pause = backoff.next_wait();
-            if failure.retry() != Retry::Later || Instant::now() + pause >= until {
+            if Instant::now() + pause >= until {
                 return Err(failure);
             }
             tracing::info!(doing = call.doing, error = %failure, ?pause, "the hypervisor is busy, asking again");

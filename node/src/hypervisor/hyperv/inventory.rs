@@ -106,7 +106,7 @@ impl HyperV {
             let uncapturable = Some("it is a pass-through disk");
             disks.push(DiskSeen { disk_id: None, size: 0, slot, path, uncapturable });
         }
-        disks.sort_by(|a, b| a.slot.cmp(&b.slot));
+        disks.sort_by(|a, b| wql::order_of(&a.slot).cmp(&wql::order_of(&b.slot)));
         Ok(disks)
     }
 

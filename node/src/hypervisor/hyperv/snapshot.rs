@@ -67,7 +67,13 @@ impl HyperV {
                 ("SnapshotType", SNAPSHOT_TYPE_RECOVERY.into()),
             ],
         };
-        match self.change(lease, &call).await {
+        let occupied = || async {
+            match self.made_since(vm, &before).await? {
+                Some(other) => Err(HypervisorError::Occupied { vm, name: other.name }),
+                None => Ok(()),
+            }
+        };
+        match self.change_unless(lease, &call, occupied).await {
             Ok(_) => {}
             // Perhaps it was made: look.
             Err(e) if e.retry() == Retry::Inspect => {
@@ -137,7 +143,7 @@ impl HyperV {
             .await?;
         let mut disks: Vec<FrozenDisk> =
             parts.iter().filter(|o| is_virtual_disk(o)).filter_map(frozen).collect();
-        disks.sort_by(|a, b| a.slot.cmp(&b.slot));
+        disks.sort_by(|a, b| wql::order_of(&a.slot).cmp(&wql::order_of(&b.slot)));
         Ok(disks)
     }
 

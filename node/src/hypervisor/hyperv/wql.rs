@@ -45,6 +45,12 @@ pub(super) fn slot(instance_id: &str) -> Option<&str> {
     instance_id.strip_prefix("Microsoft:")?.split_once('\\').map(|(_, tail)| tail)
 }
 
+/// Order of disks: by controller and location, which is how an administrator counts them.
+pub(super) fn order_of(slot: &str) -> (u32, u32, &str) {
+    let mut parts = slot.split('\\').skip(1).map(|p| p.parse().unwrap_or(u32::MAX));
+    (parts.next().unwrap_or(u32::MAX), parts.next().unwrap_or(u32::MAX), slot)
+}
+
 /// The VM that an object is of, by its Name.
 pub(super) fn named_guid(object: &Object) -> Option<VmGuid> {
     object.str("Name")?.parse().ok()
