@@ -138,9 +138,13 @@ type Connecting = Shared<BoxFuture<'static, Result<Up, TransportError>>>;
 
 enum Slot {
     New,
-    Connecting(Connecting),
+    /// The error is that of the last attempt: nobody waits for a node that did not answer before.
+    Connecting(Connecting, Option<TransportError>),
     Up(Up),
-    Down { until: Instant, error: TransportError },
+    Down {
+        until: Instant,
+        error: TransportError,
+    },
 }
 
 /// How long a node that was too slow is not waited for.
@@ -171,40 +175,54 @@ impl Link {
     async fn up(&self, node: &StorageNode) -> Result<Up, TransportError> {
         let connecting = {
             let mut slot = self.lock();
+            if let Slot::Connecting(connecting, _) = &*slot
+                && let Some(connected) = connecting.peek().cloned()
+            {
+                *slot = self.settled(connected);
+            }
             match &*slot {
                 Slot::Up(up) if !up.session.is_closed() && !up.queue.has_failed() => {
                     return Ok(up.clone());
                 }
-                Slot::Down { until, error } if Instant::now() < *until => {
-                    return Err(error.clone());
+                Slot::Down { until, error } => {
+                    let error = error.clone();
+                    if Instant::now() >= *until {
+                        let connecting = self.connect(node.clone());
+                        *slot = Slot::Connecting(connecting.clone(), Some(error.clone()));
+                        self.tasks.spawn("reconnect", connecting.map(drop));
+                    }
+                    return Err(error);
                 }
-                Slot::Connecting(connecting) => connecting.clone(),
-                _ => {
+                Slot::Connecting(_, Some(error)) => return Err(error.clone()),
+                Slot::Connecting(connecting, None) => connecting.clone(),
+                Slot::New | Slot::Up(_) => {
                     if let Slot::Up(up) = &*slot {
                         up.session.close();
                     }
                     let connecting = self.connect(node.clone());
-                    *slot = Slot::Connecting(connecting.clone());
+                    *slot = Slot::Connecting(connecting.clone(), None);
                     connecting
                 }
             }
         };
         let connected = connecting.clone().await;
         let mut slot = self.lock();
-        if matches!(&*slot, Slot::Connecting(now) if now.ptr_eq(&connecting)) {
-            let mut backoff = self.backoff.lock().unwrap_or_else(PoisonError::into_inner);
-            *slot = match &connected {
-                Ok(up) => {
-                    backoff.reset();
-                    Slot::Up(up.clone())
-                }
-                Err(error) => {
-                    let until = Instant::now() + backoff.next_wait();
-                    Slot::Down { until, error: error.clone() }
-                }
-            };
+        if matches!(&*slot, Slot::Connecting(now, _) if now.ptr_eq(&connecting)) {
+            *slot = self.settled(connected.clone());
         }
         connected
+    }
+
+    /// What an attempt to connect leaves.
+    fn settled(&self, connected: Result<Up, TransportError>) -> Slot {
+        let mut backoff = self.backoff.lock().unwrap_or_else(PoisonError::into_inner);
+        match connected {
+            Ok(up) => {
+                backoff.reset();
+                Slot::Up(up)
+            }
+            Err(error) => Slot::Down { until: Instant::now() + backoff.next_wait(), error },
+        }
     }
 
     fn connect(&self, node: StorageNode) -> Connecting {

@@ -132,14 +132,31 @@ impl NodeSession {
 type Connecting = Shared<BoxFuture<'static, Result<Arc<NodeSession>, TransportError>>>;
 
 enum Slot {
-    Connecting(Connecting),
+    /// The error is that of the last attempt: nobody waits for a node that did not answer before.
+    Connecting(Connecting, Option<TransportError>),
     Up(Arc<NodeSession>),
-    Down { until: Instant, error: TransportError },
+    Down {
+        until: Instant,
+        error: TransportError,
+    },
 }
 
 struct Place {
     slot: Slot,
     backoff: Backoff,
+}
+
+impl Place {
+    /// An attempt to connect has ended.
+    fn settle(&mut self, connected: Result<Arc<NodeSession>, TransportError>) {
+        self.slot = match connected {
+            Ok(session) => {
+                self.backoff.reset();
+                Slot::Up(session)
+            }
+            Err(error) => Slot::Down { until: Instant::now() + self.backoff.next_wait(), error },
+        };
+    }
 }
 
 /// The sessions of a job.
@@ -180,50 +197,56 @@ impl Sessions {
         let connecting = {
             let mut places = self.lock();
             let place = places.entry(node.name.clone()).or_insert_with(|| Place {
-                slot: Slot::Connecting(self.connect(node, epoch)),
+                slot: Slot::Connecting(self.connect(node, epoch), None),
                 backoff: Backoff::new(
                     self.limits.first_pause,
                     self.limits.longest_pause,
                     Backoff::any_seed(),
                 ),
             });
+            if let Slot::Connecting(connecting, _) = &place.slot
+                && let Some(connected) = connecting.peek().cloned()
+            {
+                place.settle(connected);
+            }
             match &place.slot {
                 Slot::Up(session) if session.is_usable() && session.epoch == epoch => {
                     return Ok(Arc::clone(session));
                 }
                 Slot::Up(session) => {
-                    // Connect again at once: a pause is for nodes that do not answer.
                     self.retire(session);
-                    session.give_up(&session.failure());
-                    place.slot = Slot::Connecting(self.connect(node, epoch));
+                    let error = session.failure();
+                    session.give_up(&error);
+                    if error.refusal().is_some() {
+                        // Full, read-only, behind: it would refuse again at once.
+                        let until = Instant::now() + self.limits.longest_pause;
+                        place.slot = Slot::Down { until, error: error.clone() };
+                        return Err(error);
+                    }
+                    // Else connect again at once: a pause is for nodes that do not answer.
+                    let connecting = self.connect(node, epoch);
+                    place.slot = Slot::Connecting(connecting.clone(), None);
+                    connecting
                 }
-                Slot::Down { until, error } if Instant::now() < *until => {
-                    return Err(error.clone());
+                Slot::Down { until, error } => {
+                    let error = error.clone();
+                    if Instant::now() >= *until {
+                        let connecting = self.connect(node, epoch);
+                        place.slot = Slot::Connecting(connecting.clone(), Some(error.clone()));
+                        self.tasks.spawn("reconnect", connecting.map(drop));
+                    }
+                    return Err(error);
                 }
-                Slot::Down { .. } => place.slot = Slot::Connecting(self.connect(node, epoch)),
-                Slot::Connecting(_) => {}
-            }
-            match &place.slot {
-                Slot::Connecting(connecting) => connecting.clone(),
-                Slot::Up(session) => return Ok(Arc::clone(session)),
-                Slot::Down { error, .. } => return Err(error.clone()),
+                Slot::Connecting(_, Some(error)) => return Err(error.clone()),
+                Slot::Connecting(connecting, None) => connecting.clone(),
             }
         };
         let connected = connecting.clone().await;
         let mut places = self.lock();
         if let Some(place) = places.get_mut(&node.name)
-            && matches!(&place.slot, Slot::Connecting(now) if now.ptr_eq(&connecting))
+            && matches!(&place.slot, Slot::Connecting(now, _) if now.ptr_eq(&connecting))
         {
-            place.slot = match &connected {
-                Ok(session) => {
-                    place.backoff.reset();
-                    Slot::Up(Arc::clone(session))
-                }
-                Err(error) => Slot::Down {
-                    until: Instant::now() + place.backoff.next_wait(),
-                    error: error.clone(),
-                },
-            };
+            place.settle(connected.clone());
         }
         connected
     }
