@@ -28,7 +28,7 @@ pub struct Config {
     pub kek_file: PathBuf,
     /// gRPC for agents, storage nodes, operators and members.
     pub listen: SocketAddr,
-    /// "host:port" under which others reach it; none: `listen`.
+    /// "host:port" under which agents, storage nodes and operators reach it; none: as in `members`.
     pub advertise: Option<String>,
     /// All members, this one included.
     pub members: Vec<MemberConfig>,
@@ -253,9 +253,19 @@ impl Config {
         Ok(())
     }
 
-    /// Members by number. This member's address is what it advertises.
+    /// Members by number, as they reach each other.
     #[must_use]
     pub fn member_addresses(&self) -> BTreeMap<u64, String> {
         self.members.iter().map(|m| (m.id, m.address.clone())).collect()
     }
+
+    /// Where agents, storage nodes and operators reach this member.
+    #[must_use]
+    pub fn advertised(&self) -> String {
+        let own = || self.members.iter().find(|m| m.id == self.id).map(|m| m.address.clone());
+        self.advertise.clone().or_else(own).unwrap_or_else(|| self.listen.to_string())
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -43,6 +43,9 @@ const LOOK: Duration = Duration::from_millis(250);
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub(crate) fabric: FabricId,
+    /// This member, and where others reach it.
+    pub(crate) id: u64,
+    pub(crate) address: String,
     pub(crate) lease: LeaseConfig,
     pub(crate) storage: StorageConfig,
     pub(crate) limits: Limits,
@@ -167,17 +170,20 @@ impl Leader {
     /// Lets agents and storage nodes go when no majority confirms any more that this member leads: openraft's leader
     /// does not step down by itself, and they must look for the one that others may have elected.
     pub(crate) async fn doubt(&self, token: CancellationToken) {
+        let mut proven = self.member.clock().monotonic();
         loop {
             tokio::select! {
                 () = token.cancelled() => return,
                 () = tokio::time::sleep(LOOK) => {}
             }
-            let reigns = self.lock().is_some();
-            if !reigns {
+            let now = self.member.clock().monotonic();
+            if self.lock().is_none() {
+                proven = now;
                 continue;
             }
-            let proven = tokio::time::timeout(DOUBT, self.member.prove()).await;
-            if !matches!(proven, Ok(Ok(_))) {
+            if matches!(tokio::time::timeout(DOUBT, self.member.prove()).await, Ok(Ok(_))) {
+                proven = now;
+            } else if self.member.clock().monotonic().saturating_sub(proven) > DOUBT {
                 tracing::warn!("no majority confirms that this member leads");
                 self.abdicate();
             }
@@ -266,6 +272,10 @@ impl Leader {
 
     /// Proposes what is due.
     async fn work(&self, term: u64) -> Result<(), ProposeError> {
+        let (member, address) = (self.settings.id, &self.settings.address);
+        if self.member.replica().read(|state| state.advertised.get(&member) != Some(address)) {
+            self.propose(Change::Advertise { member, address: address.clone() }).await?;
+        }
         if let Some(layout) = self
             .member
             .replica()

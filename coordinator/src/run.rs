@@ -1,6 +1,6 @@
 //! A coordinator process, from its configuration to its end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -97,7 +97,7 @@ pub async fn run(
     let kek = load_kek(&config.kek_file)?;
     fs::create_dir_durable(&config.data_dir)?;
     let _lock = DirLock::acquire(&config.data_dir)?;
-    let store = Store::open(&config.data_dir.join("db"))?;
+    let store = open_store(&config.data_dir.join("db")).await?;
     let opened = store.replica.read(|state| {
         state.keys.as_ref().map(|keys| KeyRing::open(keys, config.fabric, &kek)).transpose()
     })?;
@@ -184,6 +184,21 @@ pub async fn run(
     result
 }
 
+/// sled releases its own lock a moment after its last handle is gone, which matters to whoever starts a coordinator
+/// again in the same process. Ours is held already: no other process can be the one that holds it.
+async fn open_store(dir: &Path) -> Result<Store, StoreError> {
+    let deadline = tokio::time::Instant::now() + GRACE;
+    loop {
+        match Store::open(dir) {
+            Err(error) if error.is_locked() && tokio::time::Instant::now() < deadline => {
+                // sled tells nobody when it lets go.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            opened => return opened,
+        }
+    }
+}
+
 async fn stop(group: TaskGroup, member: &Member) {
     // Raft first: another member should take over while our streams close.
     member.shutdown().await;
@@ -213,6 +228,8 @@ fn settings(config: &Config) -> Settings {
     let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     Settings {
         fabric: config.fabric,
+        id: config.id,
+        address: config.advertised(),
         lease: config.lease.clone(),
         storage: config.storage.clone(),
         limits: Limits {

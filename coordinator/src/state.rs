@@ -46,6 +46,8 @@ use vms::Vm;
 pub(crate) struct State {
     /// Wrapped keys; none before the first leader made them.
     pub(crate) keys: Option<Keys>,
+    /// Addresses under which members want to be reached, by member; told by each one that has led.
+    pub(crate) advertised: BTreeMap<u64, String>,
     /// By name.
     pub(crate) hosts: BTreeMap<String, Host>,
     /// All VMs that were ever seen.
@@ -85,6 +87,10 @@ impl State {
                 Outcome::Done
             }
             Change::CreateKeys(keys) => self.create_keys(*keys),
+            Change::Advertise { member, address } => {
+                self.advertised.insert(member, address);
+                Outcome::Done
+            }
             Change::HostAttached(host) => self.host_attached(host, now),
             Change::HostUp { host } => self.host_up(&host, now),
             Change::HostDown { host } => self.host_down(&host, now),

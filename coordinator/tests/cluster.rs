@@ -110,7 +110,7 @@ async fn two_vms_of_one_name_are_told_apart_by_key() {
 async fn a_backup_is_committed_by_receipts_only_and_survives_a_restart_from_disk() {
     let mut fabric = Fabric::start(3).await;
     let nodes = StorageNode::attach_three(&fabric).await;
-    let layout = nodes[0].layout().await;
+    let layout = fabric.layout().await;
     let mut hv1 = Agent::attach(&fabric, "hv1", 1).await;
     let vm = VmGuid::random();
     hv1.inventory(&[("db", vm, "hv1")]).await;
@@ -196,7 +196,7 @@ async fn a_backup_is_committed_by_receipts_only_and_survives_a_restart_from_disk
 async fn after_a_move_the_old_host_is_superseded_and_the_new_one_goes_on_with_the_job() {
     let fabric = Fabric::start(1).await;
     let nodes = StorageNode::attach_three(&fabric).await;
-    let layout = nodes[0].layout().await;
+    let layout = fabric.layout().await;
     let mut hv1 = Agent::attach(&fabric, "hv1", 1).await;
     let mut hv2 = Agent::attach(&fabric, "hv2", 7).await;
     let vm = VmGuid::random();
@@ -260,7 +260,7 @@ async fn after_a_move_the_old_host_is_superseded_and_the_new_one_goes_on_with_th
 async fn a_restarted_storage_node_voids_its_receipts() {
     let fabric = Fabric::start(1).await;
     let mut nodes = StorageNode::attach_three(&fabric).await;
-    let layout = nodes[0].layout().await;
+    let layout = fabric.layout().await;
     let mut hv1 = Agent::attach(&fabric, "hv1", 1).await;
     hv1.inventory(&[("db", VmGuid::random(), "hv1")]).await;
     fabric.vm_on("db", "hv1").await;
@@ -329,7 +329,7 @@ async fn a_silent_holder_loses_its_lease_and_a_beating_one_keeps_it() {
 async fn a_running_job_goes_on_under_the_next_leader() {
     let mut fabric = Fabric::start(3).await;
     let nodes = StorageNode::attach_three(&fabric).await;
-    let layout = nodes[0].layout().await;
+    let layout = fabric.layout().await;
     let mut hv1 = Agent::attach(&fabric, "hv1", 1).await;
     hv1.inventory(&[("db", VmGuid::random(), "hv1")]).await;
     fabric.vm_on("db", "hv1").await;

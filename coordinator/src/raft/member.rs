@@ -18,6 +18,8 @@ use crate::state::{Change, Command, Outcome};
 /// How long a proof of leadership may be used again. Far below the time between the cut-off of an agent and the end of
 /// its lease, so that it shortens no safety margin.
 const PROOF_AGE: Duration = Duration::from_millis(100);
+/// Rounds to the majority before a proof is given up.
+const PROOF_ROUNDS: u32 = 3;
 /// A leader without a majority waits for ever; whoever asked is told to ask again.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Log entries between snapshots: a restart replays at most these.
@@ -158,7 +160,10 @@ impl Member {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
         let leader = metrics.current_leader?;
-        metrics.membership_config.membership().get_node(&leader).map(|node| node.addr.clone())
+        let advertised = self.replica.read(|state| state.advertised.get(&leader).cloned());
+        advertised.or_else(|| {
+            metrics.membership_config.membership().get_node(&leader).map(|node| node.addr.clone())
+        })
     }
 
     /// Proposes a change with the time of now, and returns its outcome once a majority has it on disk and it was
@@ -176,7 +181,8 @@ impl Member {
         match written {
             Ok(written) => Ok(written.data),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to))) => {
-                Err(ProposeError::NotLeader { leader: to.leader_node.map(|node| node.addr) })
+                let told = to.leader_node.map(|node| node.addr);
+                Err(ProposeError::NotLeader { leader: self.leader_address().or(told) })
             }
             Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(_))) => {
                 // Commands never change the membership.
@@ -203,21 +209,33 @@ impl Member {
             return Ok(proof.term);
         }
         *proof = None;
-        let at = self.clock.monotonic();
-        match self.raft.ensure_linearizable().await {
-            Ok(_) => {
-                let not_leader = || ProposeError::NotLeader { leader: self.leader_address() };
-                let term = self.leads().ok_or_else(not_leader)?;
-                *proof = Some(Proof { at, term });
-                Ok(term)
+        let mut rounds = 1;
+        loop {
+            let at = self.clock.monotonic();
+            match self.raft.ensure_linearizable().await {
+                Ok(_) => {
+                    let not_leader = || ProposeError::NotLeader { leader: self.leader_address() };
+                    let term = self.leads().ok_or_else(not_leader)?;
+                    *proof = Some(Proof { at, term });
+                    return Ok(term);
+                }
+                Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to))) => {
+                    let told = to.leader_node.map(|node| node.addr);
+                    return Err(ProposeError::NotLeader { leader: self.leader_address().or(told) });
+                }
+                // A member that is busy writing may miss one round.
+                Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(_)))
+                    if rounds < PROOF_ROUNDS =>
+                {
+                    rounds += 1;
+                }
+                Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(_))) => {
+                    return Err(ProposeError::NotLeader { leader: None });
+                }
+                Err(RaftError::Fatal(fatal)) => {
+                    return Err(ProposeError::Stopped(Box::new(fatal)));
+                }
             }
-            Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to))) => {
-                Err(ProposeError::NotLeader { leader: to.leader_node.map(|node| node.addr) })
-            }
-            Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(_))) => {
-                Err(ProposeError::NotLeader { leader: None })
-            }
-            Err(RaftError::Fatal(fatal)) => Err(ProposeError::Stopped(Box::new(fatal))),
         }
     }
 

@@ -51,6 +51,15 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether somebody has the database open.
+    pub(crate) fn is_locked(&self) -> bool {
+        // sled wraps the system's answer in an error of another kind, with this text in front.
+        let text = "could not acquire lock";
+        matches!(self, Self::Open { source: sled::Error::Io(error), .. } if error.to_string().contains(text))
+    }
+}
+
 /// The two halves that openraft wants, and the state to read from.
 pub(crate) struct Store {
     pub(crate) log: LogStore,

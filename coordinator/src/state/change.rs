@@ -34,6 +34,8 @@ pub(crate) enum Change {
     Many(Vec<Change>),
     /// First keys of the fabric; later ones are ignored.
     CreateKeys(Box<Keys>),
+    /// The leader says where agents and operators reach it.
+    Advertise { member: u64, address: String },
     /// An agent said hello.
     HostAttached(Attached),
     /// The cluster calls a host up.

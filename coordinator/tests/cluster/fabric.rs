@@ -15,6 +15,7 @@ use outrider_process::identity::{Identity, Role};
 use outrider_process::secret::kek::KeyEncryptionKey;
 use outrider_process::telemetry::LogConfig;
 use outrider_proto::ids::FabricId;
+use outrider_proto::layout::Layout;
 use outrider_proto::rpc;
 use outrider_proto::rpc::operator_client::OperatorClient;
 use outrider_proto::rpc::raft_client::RaftClient;
@@ -35,7 +36,11 @@ pub(crate) enum Caller {
     Node(&'static str),
 }
 
+/// Clusters at a time: elections are timed for a machine of their own.
+static ROOM: tokio::sync::Semaphore = tokio::sync::Semaphore::const_new(2);
+
 pub(crate) struct Fabric {
+    _room: tokio::sync::SemaphorePermit<'static>,
     pub(crate) id: FabricId,
     ca: FabricCa,
     dir: tempfile::TempDir,
@@ -51,6 +56,7 @@ struct Member {
 impl Fabric {
     /// Starts this many coordinators and waits until they serve.
     pub(crate) async fn start(count: u64) -> Self {
+        let room = ROOM.acquire().await.expect("never closed");
         let id = FabricId::random();
         let ca = FabricCa::create(&id.to_string()).expect("an authority");
         let dir = tempfile::tempdir().expect("a directory");
@@ -64,7 +70,7 @@ impl Fabric {
             .zip(sockets.iter().map(|s| s.local_addr().expect("bound")))
             .collect::<BTreeMap<u64, _>>();
         drop(sockets);
-        let mut fabric = Self { id, ca, dir, members: BTreeMap::new(), addresses };
+        let mut fabric = Self { _room: room, id, ca, dir, members: BTreeMap::new(), addresses };
         let mut starting = Vec::new();
         for id in 1..=count {
             starting.push(fabric.launch(id));
@@ -179,6 +185,15 @@ impl Fabric {
                 }
             }
             None
+        })
+        .await
+    }
+
+    /// Waits for the layout.
+    pub(crate) async fn layout(&self) -> Layout {
+        eventually("a layout is made", async || {
+            let status = self.operator().await.status(rpc::StatusRequest {}).await.ok()?;
+            Layout::try_from(&status.into_inner().layout?).ok()
         })
         .await
     }

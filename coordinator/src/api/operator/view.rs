@@ -233,13 +233,14 @@ pub(super) fn status(leader: &Leader, stale: bool) -> rpc::StatusReply {
     let statuses = leader.storage_statuses();
     let layout = leader.layout();
     let metrics = leader.member().raft().metrics().borrow().clone();
+    let advertised = leader.member().replica().read(|state| state.advertised.clone());
     let members = metrics
         .membership_config
         .membership()
         .nodes()
         .map(|(id, node)| rpc::Member {
             id: *id,
-            address: node.addr.clone(),
+            address: advertised.get(id).unwrap_or(&node.addr).clone(),
             role: if metrics.current_leader == Some(*id) {
                 "leader"
             } else if *id == metrics.id && metrics.state == ServerState::Learner {
