@@ -17,7 +17,7 @@ use outrider_proto::ids::{ChunkId, PgId};
 use outrider_proto::layout::Layout;
 use outrider_proto::record::Record;
 use outrider_proto::rpc;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::client::JobAccess;
 use crate::error::{StoreError, TransportError};
@@ -186,30 +186,28 @@ impl JobStore {
     /// [`StoreError::NoReplica`] when no replica takes it.
     pub async fn put(&self, record: Record) -> Result<(), StoreError> {
         let bytes = record.bytes().len();
-        let wanted = bytes.clamp(1, self.inner.limits.in_flight.max(1));
-        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
-        let permits = Arc::clone(&self.inner.in_flight);
-        let mut permit =
-            Some(permits.acquire_many_owned(wanted).await.map_err(|_| StoreError::Closed)?);
+        let mut permit = Some(self.permit(bytes).await?);
         let layout = self.inner.layout()?;
         let pg = layout.pg_of(&record.id()).ok_or(StoreError::NoLayout)?;
         let mut tried = Vec::new();
         let mut last = None;
         loop {
             let session = self.inner.any_session(&layout, pg, &mut tried, &mut last).await?;
-            let number = session.number(pg, record.id());
-            let queued = permit.take().map(|permit| QueuedPut {
-                head: number.head,
-                numbered: NumberedRecord { pg, sequence: number.sequence, record: record.clone() },
-                permit,
-                token: number.token,
-            });
-            let Some(queued) = queued else { return Err(StoreError::Closed) };
-            if session.queue().send(queued).await.is_ok() {
-                let mut state = self.inner.lock();
-                state.stats.put_records += 1;
-                state.stats.put_bytes += bytes as u64;
-                return Ok(());
+            if let Some(number) = session.number(pg, record.id()) {
+                let permit = match permit.take() {
+                    Some(permit) => permit,
+                    None => self.permit(bytes).await?,
+                };
+                let record = record.clone();
+                let numbered = NumberedRecord { pg, sequence: number.sequence, record };
+                let (head, token) = (number.head, number.token);
+                let queued = QueuedPut { head, numbered, permit, token };
+                if session.queue().send(queued).await.is_ok() {
+                    let mut state = self.inner.lock();
+                    state.stats.put_records += 1;
+                    state.stats.put_bytes += bytes as u64;
+                    return Ok(());
+                }
             }
             // The record stays in the failed session's window: the barrier will ask for it, and finds what the next
             // replica was given.
@@ -217,10 +215,15 @@ impl JobStore {
             self.inner.failed_over(&session, &error)?;
             tried.push(session.node().to_owned());
             last = Some(error);
-            let permits = Arc::clone(&self.inner.in_flight);
-            permit =
-                Some(permits.acquire_many_owned(wanted).await.map_err(|_| StoreError::Closed)?);
         }
+    }
+
+    /// Waits until so many bytes may be in flight.
+    async fn permit(&self, bytes: usize) -> Result<OwnedSemaphorePermit, StoreError> {
+        let wanted = bytes.clamp(1, self.inner.limits.in_flight.max(1));
+        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
+        let permits = Arc::clone(&self.inner.in_flight);
+        permits.acquire_many_owned(wanted).await.map_err(|_| StoreError::Closed)
     }
 
     /// What a commit has to show: every window closed so far, with its receipts.

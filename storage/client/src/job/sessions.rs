@@ -61,9 +61,11 @@ impl NodeSession {
         &self.queue
     }
 
-    /// Gives a put its number in the open window.
-    pub(super) fn number(&self, pg: PgId, id: ChunkId) -> Number {
-        self.lock().number(pg, id)
+    /// Gives a put its number in the open window; `None` once the session was given up, since nobody would look at its
+    /// window again.
+    pub(super) fn number(&self, pg: PgId, id: ChunkId) -> Option<Number> {
+        let window = self.lock();
+        self.given_up.get().is_none().then(|| window.number(pg, id))
     }
 
     /// Asks for ids; every yes is counted in the window that was open when the question was asked.
@@ -107,7 +109,11 @@ impl NodeSession {
 
     /// Nothing more is sent over this session; its open window will be asked for elsewhere.
     pub(super) fn give_up(&self, error: &TransportError) {
-        let _ = self.given_up.set(error.clone());
+        {
+            // Under the window's lock: whatever got a number got it before.
+            let _window = self.lock();
+            let _ = self.given_up.set(error.clone());
+        }
         self.link.close();
     }
 
@@ -214,9 +220,9 @@ impl Sessions {
                     return Ok(Arc::clone(session));
                 }
                 Slot::Up(session) => {
-                    self.retire(session);
                     let error = session.failure();
                     session.give_up(&error);
+                    self.retire(session);
                     if error.refusal().is_some() {
                         // Full, read-only, behind: it would refuse again at once.
                         let until = Instant::now() + self.limits.longest_pause;
