@@ -116,7 +116,7 @@ pub enum Frame {
         version: u16,
         /// Oldest version that is understood.
         oldest: u16,
-        /// 1 agent, 2 storage node, 3 operator.
+        /// 1 agent, 2 storage node, 3 operator, 4 coordinator.
         role: u8,
     },
     /// Opens the session of this connection. The ticket is empty for storage nodes.

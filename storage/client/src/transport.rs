@@ -124,7 +124,7 @@ pub trait ChunkSession: Send + Sync + 'static {
     /// Reads records; `None` where this node has no readable copy. The caller verifies.
     async fn get(&self, ids: Vec<ChunkId>) -> Result<Vec<Option<Record>>, TransportError>;
 
-    /// Closes a window; gives signed receipts, the node's own first. `traceparent` (W3C) may be empty.
+    /// Closes a window; gives signed receipts, the node's own first.
     async fn barrier(
         &self,
         head: WindowHead,
