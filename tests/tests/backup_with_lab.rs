@@ -13,7 +13,7 @@ use outrider_lab::{
 use outrider_node::config::{JobTimes, Limits};
 use outrider_node::fakes::{MemoryCoordinator, MemoryStore, sealer};
 use outrider_node::hypervisor::hyperv::HyperV;
-use outrider_node::hypervisor::{Hypervisor, Inventory};
+use outrider_node::hypervisor::{Change, Hypervisor, Inventory};
 use outrider_node::job::{self, JobContext, Progress};
 use outrider_node::lease::Lease;
 use outrider_node::metrics::NodeMetrics;
@@ -446,4 +446,30 @@ async fn a_restore_under_another_name_defines_and_starts_a_vm_with_the_exact_dis
             .expect("comparable");
         assert!(compared == outrider_lab::Comparison::Identical, "disk {index}: {compared:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_is_made_is_seen_with_its_cluster_owner() {
+    let world = World::small().await;
+    let hypervisor = world.hypervisor("beta").await;
+    let mut changes = hypervisor.watch().await.expect("subscribed");
+    let disk = DiskSource::Empty { size: MIB, block_size: 0 };
+    let made = CreateVm::new("new", "beta", "Volume1", vec![disk]);
+    let made = world.lab.create_vm(made).await.expect("made");
+    let guid = VmGuid(made.id);
+    let (mut seen, mut owner) = (false, false);
+    let both = async {
+        while let Some(change) = changes.recv().await {
+            match change {
+                Change::Seen(vm) if vm.guid == guid => seen = vm.realized && vm.disks.len() == 1,
+                Change::Owner(vm, host) if vm == guid => owner = host == "beta",
+                _ => {}
+            }
+            if seen && owner {
+                return;
+            }
+        }
+    };
+    let heard = tokio::time::timeout(DEADLINE, both).await;
+    assert!(heard.is_ok() && seen && owner, "seen {seen}, owner {owner}");
 }
