@@ -107,7 +107,9 @@ impl State {
             Change::Lease { job, host, boot_id, placement } => {
                 self.lease(job, &host, boot_id, placement, now)
             }
-            Change::LeaseLost { job, epoch, why } => self.lease_lost(job, epoch, &why, now),
+            Change::LeaseLost { job, epoch, why, not_before_ms } => {
+                self.lease_lost(job, epoch, &why, not_before_ms, now)
+            }
             Change::SourcesClosed { job, epoch } => self.sources_closed(job, epoch),
             Change::Cancel { job, by } => self.cancel(job, &by, now),
             Change::Finish { job, epoch, report, retry_at_ms } => {

@@ -250,6 +250,7 @@ async fn after_a_move_the_old_host_is_superseded_and_the_new_one_goes_on_with_th
     fabric.job_in(&job.job_id, "completed with warnings").await;
     let cleanup = hv2.lease().await;
     assert!(matches!(cleanup.work, Some(Work::Cleanup(_))), "{cleanup:?}");
+    assert!(cleanup.keys.is_some(), "agents begin no job without keys");
     hv2.duty(&cleanup, &duty, rpc::DutyState::Done).await.expect("done");
     hv2.finish(&cleanup, true).await.expect("finished");
     fabric.job_in(&cleanup.job_id, "completed").await;

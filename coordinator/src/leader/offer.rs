@@ -55,7 +55,6 @@ pub(super) fn lease_message(
         not_after_unix_ms: not_after(now_ms),
         host: lease.host.clone(),
     };
-    let with_keys = !matches!(job.work, Work::Cleanup { .. });
     rpc::JobLease {
         job_id: job.id.to_string(),
         attempt: job.attempts.last().map_or(0, |a| a.number),
@@ -65,7 +64,7 @@ pub(super) fn lease_message(
         placement_epoch: lease.placement.0,
         incarnation: lease.incarnation.0,
         ticket: keys.sign(&ticket),
-        keys: with_keys.then(|| domain_keys.as_ref().into()),
+        keys: Some(domain_keys.as_ref().into()),
         layout,
         traceparent: job.traceparent.clone(),
         chunk_size: if policy.chunk_size == 0 { domain_chunk } else { policy.chunk_size },

@@ -152,7 +152,7 @@ impl Leader {
         for (job, epoch, current) in old {
             if current {
                 let why = format!("the agent on {host} restarted");
-                self.propose(Change::LeaseLost { job, epoch, why }).await?;
+                self.propose(Change::LeaseLost { job, epoch, why, not_before_ms: 0 }).await?;
             }
             self.propose(Change::SourcesClosed { job, epoch }).await?;
         }
@@ -257,6 +257,7 @@ impl Leader {
                 job,
                 epoch,
                 why: "its host was not heard from in time".to_owned(),
+                not_before_ms: 0,
             };
             if self.propose(lost).await? == Outcome::Done {
                 tracing::warn!(job_id = %job, lease_epoch = epoch.0, "lease lost");
@@ -287,7 +288,10 @@ impl Leader {
             None => return Ok(()),
             Some(true) => {
                 let why = format!("the agent on {} gave it up", session.host);
-                self.propose(Change::LeaseLost { job, epoch, why }).await?;
+                // An agent that cannot even begin would get it back, and give it back, as fast as both can.
+                let pause = self.settings.limits.back_off_ms;
+                let not_before_ms = self.member.clock().unix_millis().saturating_add(pause);
+                self.propose(Change::LeaseLost { job, epoch, why, not_before_ms }).await?;
             }
             Some(false) => {}
         }

@@ -60,8 +60,8 @@ pub(crate) enum Change {
     CreateJob(Box<NewJob>),
     /// Gives a pending job to a host.
     Lease { job: JobId, host: String, boot_id: u64, placement: PlacementEpoch },
-    /// The holder is silent, or restarted.
-    LeaseLost { job: JobId, epoch: LeaseEpoch, why: String },
+    /// The holder is silent, restarted, or gave it up. The job is not leased again before `not_before_ms`.
+    LeaseLost { job: JobId, epoch: LeaseEpoch, why: String, not_before_ms: u64 },
     /// The holder of an ended lease has nothing open any more.
     SourcesClosed { job: JobId, epoch: LeaseEpoch },
     /// An operator cancels.

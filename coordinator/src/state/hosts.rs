@@ -76,7 +76,7 @@ impl State {
             self.tracking_unproven(&vm);
         }
         for (job, epoch) in self.jobs.leased_to(host) {
-            self.lease_lost(job, epoch, "the host is down", now);
+            self.lease_lost(job, epoch, "the host is down", 0, now);
         }
         Outcome::Done
     }

@@ -170,7 +170,7 @@ fn play(acts: Vec<Act>) {
             Act::Up(host) => drop(w.apply(Change::HostUp { host: HOSTS[host].into() })),
             Act::Lost(job, back) => {
                 if let Some((job, epoch)) = pick(&w, job, back) {
-                    w.apply(Change::LeaseLost { job, epoch, why: "test".into() });
+                    w.apply(Change::LeaseLost { job, epoch, why: "test".into(), not_before_ms: 0 });
                 }
             }
             Act::Closed(job, back) => {

@@ -101,13 +101,14 @@ impl State {
         id: JobId,
         epoch: LeaseEpoch,
         why: &str,
+        not_before_ms: u64,
         now: u64,
     ) -> Outcome {
         match self.jobs.get(id) {
             None => Refusal::UnknownJob(id).into(),
             Some(job) if job.current(epoch).is_none() => Outcome::Superseded(job.superseded(epoch)),
             Some(_) => {
-                self.jobs.release(id, &format!("lost: {why}"), 0, now);
+                self.jobs.release(id, &format!("lost: {why}"), not_before_ms, now);
                 Outcome::Done
             }
         }
