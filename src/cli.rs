@@ -2,6 +2,8 @@
 
 pub(crate) mod backup;
 pub(crate) mod connect;
+#[cfg(test)]
+mod docs;
 mod export;
 mod group;
 mod host;

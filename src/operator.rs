@@ -8,6 +8,7 @@ use outrider_process::identity::Identity;
 use outrider_process::leader::LeaderClient;
 use outrider_proto::rpc;
 use outrider_proto::rpc::operator_client::OperatorClient;
+use outrider_proto::status::not_leader;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
 
@@ -56,8 +57,16 @@ impl Operator {
         Ok(answer.into_inner())
     }
 
+    /// The leader's view. A member that does not lead answers, too, from what it has: it is believed only when the
+    /// leader that it names does not answer.
     pub(crate) async fn status(&self) -> Result<rpc::StatusReply, Status> {
-        ask!(self, status, rpc::StatusRequest {})
+        let reply: rpc::StatusReply = ask!(self, status, rpc::StatusRequest {})?;
+        let leader = reply.members.iter().find(|m| reply.stale && m.id == reply.leader_id);
+        if let Some(leader) = leader {
+            self.leader.learn(&not_leader(&leader.address));
+            return ask!(self, status, rpc::StatusRequest {}).or(Ok(reply));
+        }
+        Ok(reply)
     }
 
     pub(crate) async fn hosts(&self) -> Result<Vec<rpc::Host>, Status> {

@@ -69,8 +69,16 @@ pub(crate) async fn coordinator(args: RoleArgs) -> Done {
     Box::pin(serve(args, who, run, |_, ready: Ready| ready)).await
 }
 
-pub(crate) async fn storage(_args: RoleArgs) -> Done {
-    Err(Failure::new("not in this build"))
+pub(crate) async fn storage(args: RoleArgs) -> Done {
+    let config: outrider_storage::Config = config::load(&args.config)?;
+    let who = Who {
+        role: "storage",
+        name: config.name.clone(),
+        otlp_endpoint: config.telemetry.otlp_endpoint.clone(),
+        log: LogConfig::default(),
+    };
+    let run = |ready, token| outrider_storage::run(config, ready, token);
+    Box::pin(serve(args, who, run, |_, ready: Ready| ready)).await
 }
 
 pub(crate) async fn node(args: RoleArgs) -> Done {

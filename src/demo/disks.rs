@@ -4,11 +4,12 @@
 //! write, so that the file system stays whole. The disks of different VMs begin with the same files in the same order,
 //! as machines installed from one image do: that is what deduplication finds.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions};
+use fatfs::{Dir, FatType, FileSystem, FormatVolumeOptions, FsOptions};
 use outrider_disk::vhdx::{CreateOptions, VhdxWriter};
 use outrider_disk::{DiskError, ReadDisk};
 
@@ -24,8 +25,9 @@ const CLUSTER: u32 = 8192;
 pub(super) const DISK_SIZE: u64 = 1024 * MIB;
 /// Where guests write: behind the partition.
 pub(super) const GUEST_WINDOW: (u64, u64) = (704 * MIB, DISK_SIZE - 704 * MIB);
-/// Files that are larger would make one disk of one file.
-const LARGEST_FILE: u64 = 24 * MIB;
+/// Files that are larger would make one disk of one file; of smaller ones there are so many that FAT's directories, which
+/// are searched from their start, would take most of the time.
+const FILE_SIZES: RangeInclusive<u64> = 32 << 10..=24 * MIB;
 
 /// What a disk is filled with.
 #[derive(Debug, Clone)]
@@ -53,7 +55,10 @@ impl Files {
         } else {
             (&["/usr/bin", "/usr/sbin"], &["/usr/lib", "/usr/share"])
         };
-        Self { shared: collect(shared, 256 * MIB), own: collect(own, 1024 * MIB) }
+        Self {
+            shared: collect(shared, 256 * MIB, FILE_SIZES),
+            own: collect(own, 1024 * MIB, FILE_SIZES),
+        }
     }
 
     fn pick(&self, recipe: &Recipe) -> Vec<&Path> {
@@ -77,7 +82,7 @@ impl Files {
 pub(super) const PARTS: usize = 4;
 
 /// Regular files below the folders, sorted by path, until `limit` bytes were found.
-fn collect(folders: &[&str], limit: u64) -> Vec<(PathBuf, u64)> {
+fn collect(folders: &[&str], limit: u64, sizes: RangeInclusive<u64>) -> Vec<(PathBuf, u64)> {
     let mut found = Vec::new();
     let mut total = 0;
     let mut queue: VecDeque<PathBuf> = folders.iter().map(PathBuf::from).collect();
@@ -91,7 +96,7 @@ fn collect(folders: &[&str], limit: u64) -> Vec<(PathBuf, u64)> {
                 queue.push_back(entry.path());
             } else if kind.is_file()
                 && let Ok(metadata) = entry.metadata()
-                && (1..=LARGEST_FILE).contains(&metadata.len())
+                && sizes.contains(&metadata.len())
                 && fat_name(&entry.path()).is_some()
             {
                 total += metadata.len();
@@ -138,8 +143,17 @@ pub(super) fn make(path: &Path, recipe: &Recipe, files: &Files) -> Result<u64, F
     let mut written = 0;
     {
         let fs = FileSystem::new(&mut partition, FsOptions::new().time_provider(&STILL))?;
-        for file in files.pick(recipe) {
-            written += copy_in(&fs, file)?;
+        {
+            let mut folders = HashMap::from([(String::new(), fs.root_dir())]);
+            let mut names = HashSet::new();
+            for file in files.pick(recipe) {
+                if let Some(name) = fat_name(file)
+                    // FAT takes names that differ in case only for one.
+                    && names.insert(name.to_lowercase())
+                {
+                    written += copy_in(&mut folders, file, &name)?;
+                }
+            }
         }
         fs.unmount()?;
     }
@@ -147,21 +161,14 @@ pub(super) fn make(path: &Path, recipe: &Recipe, files: &Files) -> Result<u64, F
     Ok(written)
 }
 
-/// Copies one file; files that vanish or that we may not read are left out.
-fn copy_in(fs: &FileSystem<&mut Partition>, path: &Path) -> Result<u64, io::Error> {
-    let (Some(name), Ok(content)) = (fat_name(path), std::fs::read(path)) else { return Ok(0) };
-    let mut folder = fs.root_dir();
-    let (folders, file_name) = name.rsplit_once('/').unwrap_or(("", &name));
-    for part in folders.split('/').filter(|p| !p.is_empty()) {
-        folder = match folder.create_dir(part) {
-            Ok(made) => made,
-            // A file has the name in other letters.
-            Err(_) => return Ok(0),
-        };
-    }
-    if folder.open_file(file_name).is_ok() || folder.open_dir(file_name).is_ok() {
-        return Ok(0);
-    }
+/// The folders made so far, by their path: to look them up in the file system each time would take long.
+type Folders<'a, 'p> = HashMap<String, Dir<'a, &'p mut Partition>>;
+
+/// Copies one file; files that vanish, that we may not read or that FAT does not take are left out.
+fn copy_in(folders: &mut Folders<'_, '_>, path: &Path, name: &str) -> Result<u64, io::Error> {
+    let Ok(content) = std::fs::read(path) else { return Ok(0) };
+    let (parent, file_name) = name.rsplit_once('/').unwrap_or(("", name));
+    let Some(folder) = folder(folders, parent) else { return Ok(0) };
     let mut file = match folder.create_file(file_name) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Ok(0),
@@ -170,6 +177,17 @@ fn copy_in(fs: &FileSystem<&mut Partition>, path: &Path) -> Result<u64, io::Erro
     file.write_all(&content)?;
     file.flush()?;
     Ok(content.len() as u64)
+}
+
+/// A folder, made with its parents if it is missing; `None` where a file has its name.
+fn folder<'a, 'p>(folders: &mut Folders<'a, 'p>, path: &str) -> Option<Dir<'a, &'p mut Partition>> {
+    if let Some(known) = folders.get(path) {
+        return Some(known.clone());
+    }
+    let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
+    let made = folder(folders, parent)?.create_dir(name).ok()?;
+    folders.insert(path.to_owned(), made.clone());
+    Some(made)
 }
 
 /// One FAT32 partition (type 0x0c), addressed by sector number.
@@ -324,7 +342,7 @@ mod tests {
         for (name, len) in [("a", 70_000), ("deep/서울.txt", 9), ("deep/er/c", 300_000)] {
             std::fs::write(content.join(name), vec![len as u8; len]).expect("a file");
         }
-        let all = collect(&[content.to_str().expect("text")], u64::MAX);
+        let all = collect(&[content.to_str().expect("text")], u64::MAX, 1..=MIB);
         Files { shared: all.clone(), own: all }
     }
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use outrider_process::ports::Ready;
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -102,6 +102,7 @@ impl Processes {
                 tell: self.tell,
                 facts: Arc::clone(&facts),
                 fatal: self.fatal.clone(),
+                lifeline: Mutex::new(None),
             };
             let task = tokio::spawn(keeper.run(inbox));
             let (answer, started) = oneshot::channel();
@@ -226,6 +227,8 @@ struct Keeper {
     tell: Tell,
     facts: Arc<Mutex<Facts>>,
     fatal: watch::Sender<Option<String>>,
+    /// The child's lifeline. Kept apart from the child, since waiting for a child closes its standard input.
+    lifeline: Mutex<Option<ChildStdin>>,
 }
 
 impl Keeper {
@@ -321,6 +324,7 @@ impl Keeper {
         command.process_group(0);
         let mut child =
             command.spawn().map_err(|e| Failure::from(e).during(format!("cannot start {name}")))?;
+        *self.lifeline.lock().unwrap_or_else(PoisonError::into_inner) = child.stdin.take();
         lock(&self.facts).pid = child.id();
         let ready = tokio::select! {
             ready = Ready::wait(&ready_file, READY) => ready,
@@ -362,7 +366,7 @@ impl Keeper {
         lock(&self.facts).note_rss();
         ask_to_leave(&child);
         // Without signals the closing pipe is what asks.
-        drop(child.stdin.take());
+        *self.lifeline.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let complaint = match tokio::time::timeout(STOP, child.wait()).await {
             Ok(Ok(status)) if status.success() => None,
             Ok(Ok(status)) => Some(format!("{} left with {status}", self.spec.name)),
