@@ -142,7 +142,6 @@ fn proposal(
         checkpoint: r.checkpoint_id.clone(),
         tracking_unproven: r.tracking_unproven,
         disks: r.disks.iter().cloned().map(wire::to_disk).collect(),
-        hosts: r.hosts.clone(),
         parent: parse_optional("CommitRequest", "parent_point_id", &r.parent_point_id)?,
         layout: outrider_proto::ids::LayoutEpoch(0),
         witnesses: Vec::new(),

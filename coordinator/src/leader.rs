@@ -335,6 +335,14 @@ impl Leader {
         Live { attached: attached.unwrap_or_default() }
     }
 
+    /// When each attached agent was heard last, Unix milliseconds.
+    pub(crate) fn heard(&self) -> BTreeMap<String, u64> {
+        let heard = self.reigning(|reign| {
+            reign.agents.iter().map(|(host, agent)| (host.clone(), agent.heard_ms)).collect()
+        });
+        heard.unwrap_or_default()
+    }
+
     /// The layout, with who is online.
     pub(crate) fn layout(&self) -> Layout {
         let mut layout = self.member.replica().read(|state| state.storage.layout());

@@ -204,6 +204,8 @@ pub enum Frame {
         layout_epoch: LayoutEpoch,
         /// Per PG: puts sent (numbers 1..=puts).
         pgs: Vec<(PgId, u32)>,
+        /// W3C trace context of the job, so that one trace reaches the fsync; empty: none.
+        traceparent: String,
     },
     /// Signed receipts, one a replica, this node's first.
     Receipts {
@@ -364,13 +366,14 @@ impl Frame {
                 put_ids(&mut out, ids);
             }
             Self::Missing { id } => out.extend_from_slice(&id.0),
-            Self::Barrier { job, session, window, layout_epoch, pgs } => {
+            Self::Barrier { job, session, window, layout_epoch, pgs, traceparent } => {
                 window_head(&mut out, *job, *session, *window, *layout_epoch);
                 out.put_u32(pgs.len() as u32);
                 for (pg, puts) in pgs {
                     out.put_u16(pg.0);
                     out.put_u32(*puts);
                 }
+                out.put_text(traceparent);
             }
             Self::Receipts { receipts } => {
                 out.put_u32(receipts.len() as u32);
@@ -490,7 +493,7 @@ impl Frame {
                 let pgs = (0..count)
                     .map(|_| Ok((PgId(r.u16()?), r.u32()?)))
                     .collect::<Result<_, DecodeError>>()?;
-                Self::Barrier { job, session, window, layout_epoch, pgs }
+                Self::Barrier { job, session, window, layout_epoch, pgs, traceparent: r.text()? }
             }
             12 => {
                 let count = r.count(4)?;

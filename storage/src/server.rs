@@ -12,6 +12,7 @@ use std::time::Duration;
 use outrider_process::clock::Clock;
 use outrider_process::identity::{Identity, Role, peer_of_connection};
 use outrider_process::tasks::{TaskGroup, TaskSpawner};
+use outrider_process::telemetry::set_parent;
 use outrider_proto::frame::{ALPN, Frame, PROTOCOL_VERSION, Refusal, close};
 use outrider_proto::ids::FabricId;
 use outrider_proto::layout::Layout;
@@ -19,6 +20,7 @@ use outrider_storage_client::frame_io::{FrameIoError, FrameReader, finish_with, 
 use outrider_storage_client::quic::tuning;
 use quinn::{Connection, Endpoint, SendStream};
 use tokio::sync::watch;
+use tracing::Instrument;
 
 use crate::error::StoreError;
 use crate::metrics::StorageMetrics;
@@ -249,9 +251,11 @@ async fn answer(node: &Node, access: &Access, mut send: SendStream, mut recv: Fr
             Frame::HaveLocal { ids } => read::have_local(node, access, &ids, &mut send).await,
             Frame::Get { ids } => read::get(node, access, ids, &mut send).await,
             Frame::ListPg { pg, after } => read::list_pg(node, access, pg, after, &mut send).await,
-            Frame::Barrier { job, session, window, layout_epoch, pgs } => {
+            Frame::Barrier { job, session, window, layout_epoch, pgs, traceparent } => {
                 let head = access.head(job, session, window, layout_epoch)?;
-                write::barrier(node, access, head, pgs, &mut send).await
+                let span = tracing::info_span!("barrier", job_id = %job, window = window.0);
+                set_parent(&span, &traceparent);
+                write::barrier(node, access, head, pgs, &mut send).instrument(span).await
             }
             Frame::PutNamed { space, key, fence, record } => {
                 named::put(node, access, space, key, fence, record, &mut send).await

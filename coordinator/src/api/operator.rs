@@ -94,8 +94,8 @@ impl Operator for OperatorService {
         request: Request<rpc::ListHostsRequest>,
     ) -> Result<Response<rpc::ListHostsReply>, Status> {
         self.enter(&request).await?;
-        let live = self.leader.live();
-        let hosts = self.read(|state| view::hosts(state, &live));
+        let (live, heard) = (self.leader.live(), self.leader.heard());
+        let hosts = self.read(|state| view::hosts(state, &live, &heard));
         Ok(Response::new(rpc::ListHostsReply { hosts }))
     }
 

@@ -59,6 +59,8 @@ pub(super) struct Agent {
     pub(super) told: Told,
     /// Latest heartbeat heard; 0: none yet.
     pub(super) beat: u64,
+    /// When it was heard, Unix milliseconds.
+    pub(super) heard_ms: u64,
     /// When the leader last renewed without being asked.
     pub(super) pushed: Duration,
     _over: DropGuard,
@@ -131,7 +133,9 @@ impl Leader {
             }
             let number = reign.number();
             let told = Told { leases: ended, ..Told::default() };
-            let agent = Agent { number, boot_id, down, told, beat: 0, pushed, _over: guard };
+            let heard_ms = self.member.clock().unix_millis();
+            let agent =
+                Agent { number, boot_id, down, told, beat: 0, heard_ms, pushed, _over: guard };
             reign.agents.insert(host.clone(), agent);
             Some(number)
         });
@@ -182,6 +186,7 @@ impl Leader {
 
     fn renew(&self, session: &AgentSession, beat: u64, heard: Duration) {
         let held = self.leases_of(&session.host);
+        let heard_ms = self.member.clock().unix_millis();
         self.reigning(|reign| {
             let Some(agent) =
                 reign.agents.get_mut(&session.host).filter(|a| a.number == session.number)
@@ -189,6 +194,7 @@ impl Leader {
                 return;
             };
             agent.beat = agent.beat.max(beat);
+            agent.heard_ms = heard_ms;
             for (held, boot_id) in held {
                 if boot_id == agent.boot_id && agent.told.leases.contains_key(&held) {
                     reign.holds.renew(held, heard);

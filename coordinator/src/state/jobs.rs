@@ -199,6 +199,17 @@ impl Job {
         matches!(self.stage, Stage::Ended { .. })
     }
 
+    /// Hosts that worked on it, in order, each once.
+    pub(crate) fn hosts(&self) -> Vec<String> {
+        let mut hosts: Vec<String> = Vec::new();
+        for attempt in &self.attempts {
+            if !hosts.contains(&attempt.host) {
+                hosts.push(attempt.host.clone());
+            }
+        }
+        hosts
+    }
+
     /// Whether `host` ever held it.
     pub(crate) fn was_held_by(&self, host: &str) -> bool {
         self.attempts.iter().any(|a| a.host == host)

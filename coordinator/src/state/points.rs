@@ -48,7 +48,6 @@ pub(crate) struct Proposal {
     pub(crate) checkpoint: String,
     pub(crate) tracking_unproven: bool,
     pub(crate) disks: Vec<Disk>,
-    pub(crate) hosts: Vec<String>,
     pub(crate) parent: Option<PointId>,
     /// Layout that the receipts were judged by.
     pub(crate) layout: LayoutEpoch,
@@ -88,6 +87,7 @@ impl State {
         if storage.layout.epoch != p.layout || !p.witnesses.iter().all(fresh) {
             return Outcome::ReceiptsVoid;
         }
+        let hosts = job.hosts();
         let point = Point {
             id: p.point,
             vm: job.vm.clone(),
@@ -104,7 +104,7 @@ impl State {
             checkpoint: p.checkpoint,
             tracking_unproven: p.tracking_unproven,
             disks: p.disks,
-            hosts: p.hosts,
+            hosts,
             parent: p.parent,
         };
         self.points.insert(point.id, point);

@@ -150,7 +150,6 @@ impl World {
             checkpoint: "cp".into(),
             tracking_unproven: false,
             disks: Vec::new(),
-            hosts: Vec::new(),
             parent: None,
             layout: self.state.storage.layout.epoch,
             witnesses: vec![("s1".into(), self.state.storage.nodes["s1"].incarnation)],

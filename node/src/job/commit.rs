@@ -83,7 +83,6 @@ pub(super) async fn run(
                 })
                 .collect(),
             parent_point_id: captured.start.parent.map(|(p, _)| p.to_string()).unwrap_or_default(),
-            hosts: vec![context.host.clone()],
         };
         let reply = context.coordinator.commit(request).await?;
         match reply.outcome() {

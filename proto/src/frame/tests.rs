@@ -29,6 +29,7 @@ fn samples() -> Vec<Frame> {
             window,
             layout_epoch,
             pgs: vec![(PgId(1), 2), (PgId(3), 4)],
+            traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into(),
         },
         Frame::Receipts { receipts: vec![record.clone(), Bytes::new()] },
         Frame::PutNamed { space: Space::Root, key: vec![1; 16], fence: 12, record: record.clone() },

@@ -16,6 +16,7 @@ use outrider_storage_client::frame_io::{FrameReader, finish_with};
 use outrider_storage_client::transport::{NumberedRecord, WindowHead};
 use quinn::SendStream;
 use tokio::time::{Instant, timeout_at};
+use tracing::Instrument as _;
 
 use crate::store::Append;
 
@@ -209,7 +210,9 @@ async fn own_receipt(
     let pgs: Vec<PgId> = pgs.iter().map(|&(pg, _)| pg).collect();
     // First the numbers, then the sync: what comes in between is not spoken of.
     let said = node.windows.receipt(head, &pgs);
-    if let Err(error) = node.store.sync().await {
+    let synced =
+        node.store.sync().instrument(tracing::info_span!("fsync", job_id = %head.job)).await;
+    if let Err(error) = synced {
         return Err(match Ending::from(error) {
             Ending::Refused(refusal, message) => (refusal, message),
             Ending::Broken(error) => (Refusal::Unavailable, error.to_string()),

@@ -17,7 +17,7 @@ use crate::state::points::Point;
 /// Jobs in a list when no number is asked for.
 const JOBS: usize = 100;
 
-pub(super) fn hosts(state: &State, live: &Live) -> Vec<rpc::Host> {
+pub(super) fn hosts(state: &State, live: &Live, heard: &BTreeMap<String, u64>) -> Vec<rpc::Host> {
     let mut vms: BTreeMap<&str, u32> = BTreeMap::new();
     for host in state.vms.values().filter_map(|vm| vm.host.as_deref()) {
         *vms.entry(host).or_default() += 1;
@@ -42,7 +42,7 @@ pub(super) fn hosts(state: &State, live: &Live) -> Vec<rpc::Host> {
             hypervisor: host.hypervisor.clone(),
             vms: vms.get(name.as_str()).copied().unwrap_or_default(),
             jobs: jobs.get(name.as_str()).copied().unwrap_or_default(),
-            last_heard_unix_ms: host.attached_ms,
+            last_heard_unix_ms: heard.get(name).copied().unwrap_or(host.attached_ms),
         })
         .collect()
 }

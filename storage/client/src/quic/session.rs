@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use outrider_process::telemetry::current_traceparent;
 use outrider_proto::frame::{Frame, Presence, Space, close};
 use outrider_proto::ids::{ChunkId, PgId};
 use outrider_proto::record::Record;
@@ -190,7 +191,8 @@ impl ChunkSession for QuicSession {
     ) -> Result<Vec<Bytes>, TransportError> {
         let WindowHead { job, session, window, layout_epoch } = head;
         self.within(self.limits.barrier, async {
-            let barrier = Frame::Barrier { job, session, window, layout_epoch, pgs };
+            let traceparent = current_traceparent().unwrap_or_default();
+            let barrier = Frame::Barrier { job, session, window, layout_epoch, pgs, traceparent };
             let mut recv = self.ask(&barrier).await?;
             match self.answer(&mut recv, "Receipts").await? {
                 Frame::Receipts { receipts } => Ok(receipts),
