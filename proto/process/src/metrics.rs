@@ -7,8 +7,11 @@
 
 mod process;
 
+use std::collections::HashSet;
+
 use prometheus_client::encoding::text;
-use prometheus_client::metrics::info::Info;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 /// The metrics of one process.
@@ -22,15 +25,18 @@ impl Metrics {
     pub fn new(role: &str, name: &str) -> Self {
         let mut registry = Registry::default();
         registry.register_collector(Box::new(process::ProcessCollector));
-        let build = [
+        let build = vec![
             ("version", env!("CARGO_PKG_VERSION").to_owned()),
             ("role", role.to_owned()),
             ("name", name.to_owned()),
         ];
+        // A gauge, not OpenMetrics' info type, which tools that read the older text do not know.
+        let info = Family::<Vec<(&'static str, String)>, Gauge>::default();
+        info.get_or_create(&build).set(1);
         registry.sub_registry_with_prefix("outrider").register(
-            "build",
-            "Release, role and name of this process",
-            Info::new(build),
+            "build_info",
+            "Release, role and name of this process; always 1",
+            info,
         );
         Self { registry }
     }
@@ -45,6 +51,35 @@ impl Metrics {
         let mut text = String::new();
         text::encode(&mut text, &self.registry).expect("writing to a String cannot fail");
         text
+    }
+
+    /// The same in Prometheus' older text format (0.0.4), for readers that do not ask for OpenMetrics: there a counter's
+    /// description bears the name of its sample, and there are neither units nor an end mark.
+    pub fn render_classic(&self) -> String {
+        let open = self.render();
+        let mut counters: HashSet<&str> = HashSet::new();
+        for line in open.lines() {
+            if let Some(counter) =
+                line.strip_prefix("# TYPE ").and_then(|l| l.strip_suffix(" counter"))
+            {
+                counters.insert(counter);
+            }
+        }
+        let mut classic = String::with_capacity(open.len());
+        for line in open.lines() {
+            let described = ["# HELP ", "# TYPE "].into_iter().find_map(|mark| {
+                let (name, rest) = line.strip_prefix(mark)?.split_once(' ')?;
+                Some((mark, name, rest))
+            });
+            match described {
+                Some((mark, name, rest)) if counters.contains(name) => {
+                    classic.extend([mark, name, "_total ", rest, "\n"]);
+                }
+                None if line.starts_with("# ") => {}
+                _ => classic.extend([line, "\n"]),
+            }
+        }
+        classic
     }
 }
 
@@ -64,6 +99,12 @@ mod tests {
         assert!(text.contains("outrider_storage_puts_total 3"), "{text}");
         assert!(text.contains("outrider_build_info{version="), "{text}");
         assert!(text.ends_with("# EOF\n"), "{text}");
+
+        let classic = metrics.render_classic();
+        assert!(classic.contains("# TYPE outrider_storage_puts_total counter\n"), "{classic}");
+        assert!(classic.contains("# HELP outrider_storage_puts_total Chunks put"), "{classic}");
+        assert!(classic.contains("\noutrider_storage_puts_total 3\n"), "{classic}");
+        assert!(!classic.contains("# EOF") && !classic.contains("# UNIT"), "{classic}");
     }
 
     #[cfg(target_os = "linux")]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use tokio::sync::watch;
@@ -76,9 +76,16 @@ pub async fn serve(
     Ok(bound)
 }
 
-async fn show_metrics(State(watched): State<Watched>) -> impl IntoResponse {
+/// OpenMetrics for those that ask for it (Prometheus does), the older text for all others.
+async fn show_metrics(State(watched): State<Watched>, headers: HeaderMap) -> impl IntoResponse {
     const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, OPEN_METRICS)], watched.metrics.render())
+    const CLASSIC: &str = "text/plain; version=0.0.4; charset=utf-8";
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    if accept.is_some_and(|accept| accept.contains("application/openmetrics-text")) {
+        ([(header::CONTENT_TYPE, OPEN_METRICS)], watched.metrics.render())
+    } else {
+        ([(header::CONTENT_TYPE, CLASSIC)], watched.metrics.render_classic())
+    }
 }
 
 async fn show_readiness(State(watched): State<Watched>) -> (StatusCode, String) {

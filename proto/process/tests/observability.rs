@@ -27,7 +27,11 @@ async fn get(address: SocketAddr, path: &str) -> (String, String) {
 
 async fn try_get(address: SocketAddr, path: &str) -> std::io::Result<(String, String)> {
     let mut stream = tokio::net::TcpStream::connect(address).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+    // Prometheus asks for what it prefers; a path may carry that here: `/metrics application/...`.
+    let (path, accept) = path.split_once(' ').unwrap_or((path, "*/*"));
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: test\r\nAccept: {accept}\r\nConnection: close\r\n\r\n"
+    );
     stream.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await?;
@@ -51,9 +55,12 @@ async fn readiness_follows_the_process_and_shutdown_does_not_wait_for_idle_clien
     ready.send_replace(Readiness::Ready);
     let (head, _) = get(address, "/readyz").await;
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
-    let (head, body) = get(address, "/metrics").await;
+    let (head, body) = get(address, "/metrics application/openmetrics-text;version=1.0.0").await;
     assert!(head.contains("application/openmetrics-text"), "{head}");
-    assert!(body.contains("outrider_build_info"), "{body}");
+    assert!(body.contains("outrider_build_info") && body.ends_with("# EOF\n"), "{body}");
+    let (head, body) = get(address, "/metrics").await;
+    assert!(head.contains("text/plain; version=0.0.4"), "{head}");
+    assert!(body.contains("outrider_build_info") && !body.contains("# EOF"), "{body}");
 
     let _idle = tokio::net::TcpStream::connect(address).await.expect("connected");
     assert!(group.shutdown(Duration::from_secs(20)).await.is_clean());
