@@ -107,7 +107,7 @@ impl Ground<'_> {
              coordinators = [{coordinators}]\nscratch_dir = {scratch}\nhypervisor = \"lab\"\n\
              lab = {{ address = {lab} }}\nlimits = {{ read_size = \"1 MiB\", in_flight = \"16 MiB\" }}\n\
              jobs = {{ barrier_interval = \"200ms\", barrier_bytes = \"4 MiB\", busy_first = \"20ms\", \
-             busy_ceiling = \"200ms\", merge_wait = \"60s\", storage_patience = \"{patience}\" }}\n{rim}",
+             busy_ceiling = \"200ms\", merge_wait = \"{merge}\", storage_patience = \"{patience}\" }}\n{rim}",
             name = text(host),
             fabric = text(self.fabric),
             realm = text(REALM),
@@ -116,6 +116,7 @@ impl Ground<'_> {
             scratch = self.data("node", host),
             lab = text(lab),
             patience = self.plan.storage_patience,
+            merge = self.plan.merge_wait,
             rim = rim(self.plan),
         )
     }

@@ -37,6 +37,8 @@ pub struct Plan {
     pub lease_ms: [u64; 3],
     /// How long jobs ask storage that does not answer.
     pub storage_patience: &'static str,
+    /// How long a job waits for a merge before it says that the host is not clean.
+    pub merge_wait: &'static str,
     /// What a storage node may keep.
     pub capacity: &'static str,
     /// OTLP receiver.
@@ -56,6 +58,7 @@ impl Default for Plan {
             hosts: vec!["alpha".to_owned(), "beta".to_owned()],
             lease_ms: [1500, 300, 1000],
             storage_patience: "60s",
+            merge_wait: "60s",
             capacity: "2 GiB",
             otlp: None,
             verbose: std::env::var_os("OUTRIDER_TEST_DEBUG").is_some(),

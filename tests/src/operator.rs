@@ -8,6 +8,7 @@ use outrider_process::identity::Identity;
 use outrider_process::leader::LeaderClient;
 use outrider_proto::rpc;
 use outrider_proto::rpc::operator_client::OperatorClient;
+use outrider_proto::status::not_leader;
 use serde_json::Value;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
@@ -66,9 +67,15 @@ impl Operator {
         Ok(answer.into_inner())
     }
 
-    /// The fabric.
+    /// The fabric, as its leader sees it: a member that does not lead is asked who does.
     pub async fn status(&self) -> Result<rpc::StatusReply, Status> {
-        self.call(async |mut c| c.status(rpc::StatusRequest {}).await).await
+        let reply = self.call(async |mut c| c.status(rpc::StatusRequest {}).await).await?;
+        if !reply.stale {
+            return Ok(reply);
+        }
+        let leader = reply.members.iter().find(|m| m.id == reply.leader_id);
+        self.leader.learn(&not_leader(leader.map_or("", |m| m.address.as_str())));
+        Err(Status::unavailable(format!("a member that does not lead answered: {reply:?}")))
     }
 
     /// One VM by its name.

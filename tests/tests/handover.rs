@@ -131,6 +131,7 @@ async fn killed_at_each_arrow(meanwhile: Meanwhile) {
         fabric.agent(&host).ready().await;
 
         let job = fabric.operator.done(&job.job_id).await;
+        assert!(job.attempts.len() > 1, "one job, a further attempt: {job:?}");
         let point = fabric.operator.point(VM, &job.point_id).await;
         assert_eq!(fabric.operator.points(VM).await.len(), points + 1, "one job, one point");
         fabric.assert_restores_exactly(&point, &fabric.seen(VM).await.host).await;
