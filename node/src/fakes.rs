@@ -144,6 +144,10 @@ impl JobStore for MemoryStore {
 
     fn drop_claims(&self, _pgs: &[PgId]) {}
 
+    fn stored_bytes(&self) -> u64 {
+        0
+    }
+
     fn pg_of(&self, id: &ChunkId) -> Option<PgId> {
         pg_of(id, PGS)
     }

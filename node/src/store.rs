@@ -91,6 +91,9 @@ pub trait JobStore: Send + Sync + 'static {
     /// Forgets the claims of these PGs: their ids have been asked for again.
     fn drop_claims(&self, pgs: &[PgId]);
 
+    /// Sealed bytes times the replicas that confirmed them, so far.
+    fn stored_bytes(&self) -> u64;
+
     /// The PG of an id at the current layout.
     fn pg_of(&self, id: &ChunkId) -> Option<PgId>;
 

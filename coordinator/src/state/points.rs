@@ -88,6 +88,9 @@ impl State {
             return Outcome::ReceiptsVoid;
         }
         let hosts = job.hosts();
+        // From the first attempt on: what it took the VM, not what it took the host that committed.
+        let began = job.attempts.first().map_or(now, |a| a.started_ms);
+        let stats = Stats { duration_ms: now.saturating_sub(began), ..p.stats };
         let point = Point {
             id: p.point,
             vm: job.vm.clone(),
@@ -99,7 +102,7 @@ impl State {
             committed_ms: now,
             consistency: p.consistency,
             kind: p.kind,
-            stats: p.stats,
+            stats,
             reasons: p.reasons,
             checkpoint: p.checkpoint,
             tracking_unproven: p.tracking_unproven,
@@ -111,7 +114,7 @@ impl State {
         if let Some(job) = self.jobs.get_mut(p.job) {
             job.committed = Some(p.point);
             job.data_safe = true;
-            job.stats = p.stats;
+            job.stats = stats;
         }
         Outcome::Committed(p.point)
     }

@@ -58,6 +58,7 @@ pub(super) async fn run(
             .append(&JournalEntry::Committing { manifest: manifest_id })
             .await?;
         context.lease.check()?;
+        Stats::set(&stats.stored_bytes, context.store.stored_bytes());
         let request = rpc::CommitRequest {
             job_id: context.lease.job().to_string(),
             lease_epoch: context.lease.epoch().0,

@@ -15,8 +15,8 @@ use super::plan::runs;
 use super::stats::Stats;
 use super::{LeafDone, LeafKey, Pipeline, PipelineError};
 
-/// Reads of one leaf in flight.
-const READS: usize = 4;
+/// Reads of one leaf in flight: with the default sizes, the whole leaf. The budget of bytes bounds them all.
+const READS: usize = 8;
 
 /// A chunk that was read: its place in the leaf and, unless it is zeros, identity and bytes.
 type ReadChunk = (usize, Option<(ChunkId, Bytes)>);

@@ -13,8 +13,9 @@ use super::tree::TreeRoot;
 use super::{LeafDone, LeafKey, Pipeline, PipelineError};
 use crate::store::BarrierError;
 
-/// Leaf pages at work at the same time: enough to keep reads going while others are hashed and sent.
-const LEAVES: usize = 4;
+/// Leaf pages at work at the same time: one is read while the other is sent. More would not be faster, and whoever takes
+/// over after a move reads again what was not finished.
+const LEAVES: usize = 2;
 /// Leaves finished since the last barrier; bounds what is kept to find lost ids in.
 const UNCONFIRMED: usize = 2048;
 /// Share of all that was sent which may be without a barrier, as a divisor: what an agent loses when it is killed stays

@@ -45,6 +45,10 @@ impl JobStore for ClientStore {
         self.0.drop_claims(pgs);
     }
 
+    fn stored_bytes(&self) -> u64 {
+        self.0.stats().stored_bytes
+    }
+
     fn pg_of(&self, id: &ChunkId) -> Option<PgId> {
         self.0.pg_of(id)
     }

@@ -88,6 +88,10 @@ impl JobStore for Patient {
         self.inner.drop_claims(pgs);
     }
 
+    fn stored_bytes(&self) -> u64 {
+        self.inner.stored_bytes()
+    }
+
     fn pg_of(&self, id: &ChunkId) -> Option<PgId> {
         self.inner.pg_of(id)
     }

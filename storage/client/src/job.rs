@@ -45,6 +45,8 @@ pub struct Stats {
     pub got_records: u64,
     /// Sealed bytes of these.
     pub got_bytes: u64,
+    /// Sealed bytes times the replicas whose receipts cover them.
+    pub stored_bytes: u64,
     /// Windows closed with enough receipts.
     pub windows: u64,
     /// Ids handed back by barriers to be sent again.
@@ -193,7 +195,7 @@ impl JobStore {
         let mut last = None;
         loop {
             let session = self.inner.any_session(&layout, pg, &mut tried, &mut last).await?;
-            if let Some(number) = session.number(pg, record.id()) {
+            if let Some(number) = session.number(pg, record.id(), record.bytes().len() as u64) {
                 let permit = match permit.take() {
                     Some(permit) => permit,
                     None => self.permit(bytes).await?,

@@ -11,7 +11,7 @@ use outrider_proto::layout::Layout;
 use crate::error::{BarrierError, StoreError, TransportError};
 
 use super::sessions::NodeSession;
-use super::window::{Claim, OpenWindow, judge};
+use super::window::{Claim, OpenWindow, PgClaim, judge};
 use super::{Inner, JobStore};
 
 impl JobStore {
@@ -120,6 +120,9 @@ impl Drop for Closing<'_> {
         match self.done.take() {
             Some((claim, lacking)) => {
                 state.stats.windows += u64::from(claim.is_some());
+                let stored = |c: &PgClaim| self.window.bytes_of(c.pg) * u64::from(c.copies);
+                state.stats.stored_bytes +=
+                    claim.iter().flat_map(|c| &c.pgs).map(stored).sum::<u64>();
                 state.claims.extend(claim);
                 if !lacking.is_empty() {
                     state.suspects.extend(self.window.ids(Some(&lacking)));

@@ -63,9 +63,9 @@ impl NodeSession {
 
     /// Gives a put its number in the open window; `None` once the session was given up, since nobody would look at its
     /// window again.
-    pub(super) fn number(&self, pg: PgId, id: ChunkId) -> Option<Number> {
+    pub(super) fn number(&self, pg: PgId, id: ChunkId, sealed_bytes: u64) -> Option<Number> {
         let window = self.lock();
-        self.given_up.get().is_none().then(|| window.number(pg, id))
+        self.given_up.get().is_none().then(|| window.number(pg, id, sealed_bytes))
     }
 
     /// Asks for ids; every yes is counted in the window that was open when the question was asked.

@@ -25,6 +25,7 @@ pub(super) struct OpenWindow {
 #[derive(Debug, Default)]
 struct Contents {
     puts: BTreeMap<PgId, Vec<ChunkId>>,
+    put_bytes: BTreeMap<PgId, u64>,
     haves: BTreeMap<PgId, Vec<ChunkId>>,
 }
 
@@ -41,8 +42,9 @@ impl OpenWindow {
         Self { head, requests: TaskTracker::new(), contents: Mutex::default() }
     }
 
-    pub(super) fn number(&self, pg: PgId, id: ChunkId) -> Number {
+    pub(super) fn number(&self, pg: PgId, id: ChunkId, sealed_bytes: u64) -> Number {
         let mut contents = self.lock();
+        *contents.put_bytes.entry(pg).or_default() += sealed_bytes;
         let puts = contents.puts.entry(pg).or_default();
         puts.push(id);
         let sequence = u32::try_from(puts.len()).unwrap_or(u32::MAX);
@@ -71,6 +73,11 @@ impl OpenWindow {
         counts
     }
 
+    /// Sealed bytes put to a PG.
+    pub(super) fn bytes_of(&self, pg: PgId) -> u64 {
+        self.lock().put_bytes.get(&pg).copied().unwrap_or(0)
+    }
+
     /// The ids of some PGs, or of all.
     pub(super) fn ids(&self, of: Option<&[PgId]>) -> Vec<ChunkId> {
         let contents = self.lock();
@@ -94,6 +101,8 @@ pub(super) struct PgClaim {
     pub(super) pg: PgId,
     pub(super) puts: u32,
     pub(super) haves: u32,
+    /// Replicas whose receipts cover the puts.
+    pub(super) copies: u32,
 }
 
 /// A closed window with its receipts.
@@ -151,7 +160,8 @@ pub(super) fn judge(
         let haves_covered =
             haves == 0 || read.iter().any(|r| said(r).is_some_and(|p| p.haves >= haves));
         if puts_covered && haves_covered {
-            covered.push(PgClaim { pg, puts, haves });
+            let copies = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+            covered.push(PgClaim { pg, puts, haves, copies });
         } else {
             lacking.push(pg);
         }
