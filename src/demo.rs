@@ -236,6 +236,7 @@ async fn story(
         note(outcome, "restore-to", began, result.map(|figures| ((), figures)))?;
     }
     outcome.vms = outcome::vm_rows(stage).await?;
+    outcome.storage = outcome::storage_rows(stage).await?;
     outcome.processes = stage.processes.all();
     Ok(())
 }

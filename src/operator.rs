@@ -6,9 +6,8 @@ use std::time::Duration;
 use outrider_process::backoff::Backoff;
 use outrider_process::identity::Identity;
 use outrider_process::leader::LeaderClient;
-use outrider_proto::rpc;
 use outrider_proto::rpc::operator_client::OperatorClient;
-use outrider_proto::status::not_leader;
+use outrider_proto::{rpc, status};
 use tonic::transport::Channel;
 use tonic::{Response, Status};
 
@@ -59,14 +58,17 @@ impl Operator {
 
     /// The leader's view. A member that does not lead answers, too, from what it has: it is believed only when the
     /// leader that it names does not answer.
+    /// How the fabric is, as the leader sees it; as another member does (`stale`) only while none leads.
     pub(crate) async fn status(&self) -> Result<rpc::StatusReply, Status> {
-        let reply: rpc::StatusReply = ask!(self, status, rpc::StatusRequest {})?;
-        let leader = reply.members.iter().find(|m| reply.stale && m.id == reply.leader_id);
-        if let Some(leader) = leader {
-            self.leader.learn(&not_leader(&leader.address));
-            return ask!(self, status, rpc::StatusRequest {}).or(Ok(reply));
+        let mut answer = ask!(self, status, rpc::StatusRequest {})?;
+        // Any member answers, and only the leader knows who is connected now.
+        for _ in 0..answer.members.len() {
+            let leader = answer.members.iter().find(|m| m.id == answer.leader_id);
+            let Some(leader) = leader.filter(|_| answer.stale) else { break };
+            self.leader.learn(&status::not_leader(leader.address.clone()));
+            answer = ask!(self, status, rpc::StatusRequest {})?;
         }
-        Ok(reply)
+        Ok(answer)
     }
 
     pub(crate) async fn hosts(&self) -> Result<Vec<rpc::Host>, Status> {

@@ -143,6 +143,8 @@ pub(super) fn write(dir: &Path, seed: u64) -> Result<Configs, Failure> {
             ("coordinators", addresses.clone()),
             ("zone", text(format!("zone-{node}"))),
             ("observability", text(metrics)),
+            // The story waits for a node that comes back to have caught up.
+            ("limits", table([("catch_up_every", text("2s")), ("status_every", text("1s"))])),
         ]);
         storage_specs.push(spec(&conf, name, "storage", &config)?);
     }

@@ -22,7 +22,7 @@ const PARTITION_START: u64 = MIB;
 const PARTITION_SIZE: u64 = 640 * MIB;
 const CLUSTER: u32 = 8192;
 /// Size of a disk.
-pub(super) const DISK_SIZE: u64 = 1024 * MIB;
+pub(super) const DISK_SIZE: u64 = 1536 * MIB;
 /// Where guests write: behind the partition.
 pub(super) const GUEST_WINDOW: (u64, u64) = (704 * MIB, DISK_SIZE - 704 * MIB);
 /// Files that are larger would make one disk of one file; of smaller ones there are so many that FAT's directories, which

@@ -23,6 +23,8 @@ pub(super) struct Outcome {
     pub(super) steps: Vec<StepResult>,
     pub(super) vms: Vec<VmRow>,
     pub(super) processes: Vec<(String, Facts)>,
+    /// Storage nodes by name: stored bytes and chunks, as they say themselves.
+    pub(super) storage: Vec<(String, u64, u64)>,
 }
 
 /// A VM in the table.
@@ -32,6 +34,8 @@ pub(super) struct VmRow {
     host: String,
     points: usize,
     total: rpc::JobStats,
+    /// Of all its jobs, from being asked for to their end.
+    job_ms: u64,
 }
 
 impl VmRow {
@@ -61,7 +65,7 @@ impl VmRow {
         };
         json!({
             "name": self.name, "host": self.host, "points": self.points,
-            "stats": crate::cli::view::stats(Some(s)),
+            "stats": crate::cli::view::stats(Some(s)), "job_ms": self.job_ms,
             "dedup_ratio": part(s.chunks_new + s.chunks_known, s.chunks_new),
             "compression_ratio": part(self.new_plain(), s.sent_bytes),
         })
@@ -73,14 +77,27 @@ pub(super) async fn vm_rows(stage: &Stage) -> Result<Vec<VmRow>, Failure> {
     let mut rows = Vec::new();
     for vm in 0..stage.vms.len() {
         let points = stage.operator.points(&stage.key(vm)).await?;
+        let request = rpc::ListJobsRequest { vm: stage.key(vm), limit: 100, ..Default::default() };
+        let jobs = stage.operator.jobs(request).await?;
+        let job_ms = jobs.iter().map(|j| j.ended_unix_ms.saturating_sub(j.created_unix_ms)).sum();
         rows.push(VmRow {
             name: stage.vms[vm].name.clone(),
             host: stage.lab_vm(vm).await?.host,
             points: points.len(),
             total: sum(points.iter().map(|p| p.stats.as_ref())),
+            job_ms,
         });
     }
     Ok(rows)
+}
+
+/// What each storage node says that it keeps.
+pub(super) async fn storage_rows(stage: &Stage) -> Result<Vec<(String, u64, u64)>, Failure> {
+    let status = stage.operator.status().await?;
+    let row = |n: rpc::StorageNodeStatus| {
+        (n.node.map(|n| n.name).unwrap_or_default(), n.stored_bytes, n.chunks)
+    };
+    Ok(status.storage.into_iter().map(row).collect())
 }
 
 impl Outcome {
@@ -107,6 +124,13 @@ impl Outcome {
                 Value::Object(object)
             })
             .collect();
+        let storage: Vec<_> = self
+            .storage
+            .iter()
+            .map(|(name, stored, chunks)| {
+                json!({ "name": name, "stored_bytes": stored, "chunks": chunks })
+            })
+            .collect();
         let processes: Vec<_> = self
             .processes
             .iter()
@@ -115,7 +139,7 @@ impl Outcome {
         json!({
             "ok": failure.is_none(), "seconds": seconds, "steps": steps,
             "vms": self.vms.iter().map(VmRow::to_json).collect::<Vec<_>>(),
-            "processes": processes, "error": failure.map(Failure::to_json), "dir": dir,
+            "storage": storage, "processes": processes, "error": failure.map(Failure::to_json), "dir": dir,
         })
     }
 
@@ -129,10 +153,10 @@ impl Outcome {
                 v.points.to_string(),
                 bytes(s.read_bytes),
                 bytes(s.sent_bytes),
-                bytes(s.stored_bytes),
+                if s.stored_bytes == 0 { "-".to_owned() } else { bytes(s.stored_bytes) },
                 v.dedup(),
                 v.compression(),
-                output::millis(s.duration_ms),
+                output::millis(v.job_ms),
             ]
         });
         let headers =
@@ -150,6 +174,13 @@ impl Outcome {
             "{}",
             output::right(output::table(["step", "result", "time"], rows.collect()), &[2])
         );
+        println!();
+        let rows = self
+            .storage
+            .iter()
+            .map(|(name, stored, chunks)| [name.clone(), bytes(*stored), chunks.to_string()]);
+        let table = output::table(["storage node", "stored", "chunks"], rows.collect());
+        println!("{}", output::right(table, &[1, 2]));
         if self.processes.iter().any(|(_, f)| f.peak_rss > 0) {
             println!();
             let rows = self

@@ -12,7 +12,9 @@ use crate::report::Failure;
 
 const MIB: u64 = 1 << 20;
 /// New data, so that there is something to send a second time, if anything were.
-const WRITES: u64 = 160 * MIB;
+const WRITES: u64 = 384 * MIB;
+/// With so much to read, leaf pages are finished at half, and the new host must take them over.
+const ADOPTED_FROM: u64 = 320 * MIB;
 /// Promise 3 in figures.
 const MOST_RESENT: u64 = 64 * MIB;
 const MOST_REREAD: u64 = 256 * MIB;
@@ -91,6 +93,12 @@ pub(super) async fn run(stage: &mut Stage) -> Result<Figures, Failure> {
                 bytes(most)
             )));
         }
+    }
+    if written >= ADOPTED_FROM && stats.adopted_pages == 0 {
+        return Err(Failure::new(format!(
+            "half of {} were read before the migration, but the new host took over no page of it",
+            bytes(written)
+        )));
     }
     let compared = stage.verify(vm, &job.point_id).await?;
     stage.tell.note("the point, read back from storage, is the checkpoint byte for byte");
