@@ -52,12 +52,17 @@ impl State {
             ))
             .into();
         }
+        let unproven = job.unproven || binding.tracking_unproven;
+        let binding = Binding { tracking_unproven: unproven, ..binding };
         let base = Base { binding, incarnation: vm.incarnation, job: id };
         self.bases.insert(job.vm.clone(), base);
         Outcome::Bound
     }
 
+    /// The VM's host crashed. A job under way may have made its checkpoint before: its point and what it binds later are
+    /// as unproven as the base is now.
     pub(super) fn tracking_unproven(&mut self, vm: &VmKey) -> Outcome {
+        self.jobs.mark_unproven(vm);
         if let Some(base) = self.bases.get_mut(vm) {
             base.binding.tracking_unproven = true;
         }

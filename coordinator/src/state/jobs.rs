@@ -54,6 +54,9 @@ pub(crate) struct Job {
     pub(crate) warnings: Vec<String>,
     pub(crate) stats: Stats,
     pub(crate) restored_vm: Option<VmKey>,
+    /// The VM's host crashed while the job was under way: what it binds has tracking that nobody flushed.
+    #[serde(default)]
+    pub(crate) unproven: bool,
 }
 
 /// A job to be created.
@@ -333,6 +336,14 @@ impl Jobs {
     /// The holder has nothing open any more.
     pub(super) fn close(&mut self, id: JobId, epoch: LeaseEpoch) {
         self.open.remove(&(id, epoch));
+    }
+
+    /// Marks the backup under way on a VM whose host crashed.
+    pub(super) fn mark_unproven(&mut self, vm: &VmKey) {
+        let under_way = self.active.get(vm).and_then(|id| self.all.get_mut(id));
+        if let Some(job) = under_way.filter(|job| !job.attempts.is_empty()) {
+            job.unproven = true;
+        }
     }
 
     /// Ends the lease of the job that follows the VM.

@@ -105,7 +105,7 @@ impl State {
             stats,
             reasons: p.reasons,
             checkpoint: p.checkpoint,
-            tracking_unproven: p.tracking_unproven,
+            tracking_unproven: p.tracking_unproven || (job.unproven && p.parent.is_some()),
             disks: p.disks,
             hosts,
             parent: p.parent,

@@ -62,6 +62,7 @@ impl State {
             warnings: Vec::new(),
             stats: super::facts::Stats::default(),
             restored_vm: None,
+            unproven: false,
         });
         Outcome::Jobs(vec![id])
     }

@@ -471,6 +471,20 @@ fn a_host_crash_makes_tracking_unproven_in_both_orders() {
     }
 }
 
+/// The checkpoint may be older than the crash: what changed between the two was tracked in memory only.
+#[test]
+fn a_job_that_was_under_way_in_a_host_crash_binds_an_unproven_base() {
+    let mut w = World::new();
+    let vm = w.vm(1, "hv1");
+    let (job, _) = w.leased(&vm, "hv1");
+    w.apply(Change::HostDown { host: "hv1".into() });
+    w.place(&vm, "hv2");
+    let Outcome::Leased(epoch) = w.lease(job, "hv2") else { panic!("not leased") };
+    let Outcome::Committed(point) = w.commit(job, epoch) else { panic!("not committed") };
+    w.bind(job, epoch, point);
+    assert!(w.state.bases[&vm].binding.tracking_unproven);
+}
+
 #[test]
 fn a_live_migration_leaves_tracking_proven() {
     let mut w = World::new();

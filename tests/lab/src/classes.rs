@@ -6,7 +6,7 @@ mod virtualization;
 use outrider_wmi::lab::wire::Refusal;
 use outrider_wmi::{NS_CLUSTER, NS_VIRTUALIZATION, Object};
 
-pub(crate) use cluster::group_objects;
+pub(crate) use cluster::{group_objects, nodes};
 pub(crate) use virtualization::{
     checkpoint_path, computer_system, job_path, planned_system, reference_point_path, system_path,
 };

@@ -66,6 +66,15 @@ impl crate::model::State {
             self.notify(None, MODIFIED, target, Some(previous));
         }
     }
+
+    /// Tells all hosts that a host went up or down.
+    pub(crate) fn announce_node(&mut self, name: &str, was: u32) {
+        let node = classes::nodes(self).into_iter().find(|n| n.str("Name") == Some(name));
+        if let Some(node) = node {
+            let previous = node.clone().with("State", was);
+            self.notify(None, MODIFIED, node, Some(previous));
+        }
+    }
 }
 
 /// A host dies: its agent loses every connection, its clustered VMs restart on other hosts.
@@ -81,6 +90,8 @@ pub(crate) async fn crash(cluster: &Arc<Cluster>, name: &str) -> Result<(), LabE
             job.host.clear();
         }
         s.planned.retain(|_, vm| vm.host != name);
+        // Down comes before the restarts elsewhere, as in a real cluster.
+        s.announce_node(name, 0);
         let on_host: Vec<Uuid> = s.vms.values().filter(|v| v.host == name).map(|v| v.id).collect();
         for id in &on_host {
             if let Ok(vm) = s.vm_mut(*id) {
@@ -147,6 +158,7 @@ pub(crate) fn start(cluster: &Cluster, name: &str) -> Result<(), LabError> {
         if !host.up {
             host.up = true;
             host.life = CancellationToken::new();
+            s.announce_node(name, 1);
         }
         Ok(())
     })

@@ -5,31 +5,33 @@ use std::path::Path;
 use outrider_wmi::{Object, Value};
 use uuid::Uuid;
 
-use crate::model::{Power, State, Vm, guid};
+use crate::model::{Host, Power, State, Vm, guid};
 use crate::wql::path_of;
+
+/// The hosts as the cluster database shows them.
+pub(crate) fn nodes(state: &State) -> Vec<Object> {
+    let numbered = (1_u32..).zip(&state.hosts);
+    let node = |(id, (name, host)): (u32, (&String, &Host))| {
+        let up_down_paused = match (host.up, host.paused) {
+            (false, _) => 1_u32,
+            (true, true) => 2,
+            (true, false) => 0,
+        };
+        keyed("MSCluster_Node", name)
+            .with("Id", id.to_string())
+            .with("State", up_down_paused)
+            .with("StatusInformation", 0_u32)
+            .with("NodeDrainStatus", if host.paused { 2_u32 } else { 0 })
+            .with("BuildNumber", 20348_u32)
+    };
+    numbered.map(node).collect()
+}
 
 pub(super) fn instances(state: &State, class: &str) -> Option<Vec<Object>> {
     let groups = || state.vms.values().filter(|vm| vm.owner.is_some());
     Some(match class.to_ascii_lowercase().as_str() {
         "mscluster_cluster" => vec![cluster(state)],
-        "mscluster_node" => (1_u32..)
-            .zip(&state.hosts)
-            .map(|(id, (name, host))| {
-                keyed("MSCluster_Node", name)
-                    .with("Id", id.to_string())
-                    .with(
-                        "State",
-                        match (host.up, host.paused) {
-                            (false, _) => 1_u32,
-                            (true, true) => 2,
-                            (true, false) => 0,
-                        },
-                    )
-                    .with("StatusInformation", 0_u32)
-                    .with("NodeDrainStatus", if host.paused { 2_u32 } else { 0 })
-                    .with("BuildNumber", 20348_u32)
-            })
-            .collect(),
+        "mscluster_node" => nodes(state),
         "mscluster_resourcegroup" => groups().map(|vm| group(state, vm)).collect(),
         "mscluster_resource" => groups().flat_map(|vm| resources(state, vm)).collect(),
         "mscluster_clustersharedvolume" => state
