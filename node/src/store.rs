@@ -22,6 +22,12 @@ pub enum StoreError {
         /// What the client met.
         reason: String,
     },
+    /// A storage node has no space left; the same may succeed when somebody made room.
+    #[error("storage is full: {reason}")]
+    Full {
+        /// What the client met.
+        reason: String,
+    },
     /// Another lease of this job has written since: this one is superseded.
     #[error("superseded at storage: {reason}")]
     Fenced {

@@ -129,6 +129,7 @@ impl JobError {
     pub fn code(&self) -> ErrorCode {
         let of_store = |e: &StoreError| match e {
             StoreError::Unavailable { .. } => error_code::STORAGE_UNREACHABLE,
+            StoreError::Full { .. } => error_code::STORAGE_FULL,
             StoreError::Fenced { .. } => error_code::SUPERSEDED,
             StoreError::Missing { .. } => error_code::CHUNK_LOST,
             StoreError::Refused { .. } => error_code::DENIED,

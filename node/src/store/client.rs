@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use outrider_proto::frame::{Presence, Space};
+use outrider_proto::frame::{Presence, Refusal, Space};
 use outrider_proto::ids::{ChunkId, PgId};
 use outrider_proto::record::Record;
 use outrider_proto::rpc;
@@ -78,6 +78,7 @@ impl From<client::StoreError> for StoreError {
         match e {
             client::StoreError::Fenced { .. } => Self::Fenced { reason },
             client::StoreError::Missing { id, .. } => Self::Missing { id },
+            e if e.refusal() == Some(Refusal::Full) => Self::Full { reason },
             e if e.may_succeed_later() => Self::Unavailable { reason },
             _ => Self::Refused { reason },
         }

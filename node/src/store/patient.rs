@@ -40,7 +40,9 @@ impl Patient {
         let mut backoff = Backoff::new(FIRST, LONGEST, Backoff::any_seed());
         loop {
             let failure = match call().await {
-                Err(failure @ StoreError::Unavailable { .. }) => failure,
+                Err(failure @ (StoreError::Unavailable { .. } | StoreError::Full { .. })) => {
+                    failure
+                }
                 done => return done,
             };
             let pause = backoff.next_wait();

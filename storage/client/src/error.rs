@@ -149,6 +149,18 @@ impl StoreError {
         matches!(self, Self::NoLayout | Self::NoReplica { .. } | Self::TooFewNodes { .. })
     }
 
+    /// What the last node asked refused with, if it refused.
+    #[must_use]
+    pub fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Refused { refusal, .. } => Some(*refusal),
+            Self::NoReplica { last, .. }
+            | Self::TooFewNodes { last, .. }
+            | Self::Missing { last, .. } => last.as_ref().and_then(TransportError::refusal),
+            Self::NoLayout | Self::Fenced { .. } | Self::Closed => None,
+        }
+    }
+
     /// A refusal that no other replica would take back, as an error of the store.
     pub(crate) fn final_refusal(error: &TransportError) -> Option<Self> {
         let TransportError::Refused { node, refusal, message } = error else { return None };
