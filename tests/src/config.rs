@@ -88,13 +88,14 @@ impl Ground<'_> {
         format!(
             "name = {name}\nfabric = {fabric}\nidentity_dir = {identity}\ndata_dir = {data}\n\
              listen = \"127.0.0.1:0\"\ncoordinators = [{coordinators}]\nzone = {name}\n\
-             capacity = \"{capacity}\"\nsegment_size = \"16 MiB\"\n{rim}",
+             capacity = \"{capacity}\"\nsegment_size = \"16 MiB\"\nlimits = {{ min_free = \"{min_free}\" }}\n{rim}",
             name = text(name),
             fabric = text(self.fabric),
             identity = self.identity("storage", name),
             data = self.data("storage", name),
             coordinators = list(self.coordinators),
             capacity = self.plan.capacity,
+            min_free = self.plan.min_free,
             rim = rim(self.plan),
         )
     }
@@ -106,7 +107,7 @@ impl Ground<'_> {
             "name = {name}\nfabric = {fabric}\nrealm = {realm}\nidentity_dir = {identity}\n\
              coordinators = [{coordinators}]\nscratch_dir = {scratch}\nhypervisor = \"lab\"\n\
              lab = {{ address = {lab} }}\nlimits = {{ read_size = \"1 MiB\", in_flight = \"16 MiB\" }}\n\
-             jobs = {{ barrier_interval = \"200ms\", barrier_bytes = \"4 MiB\", busy_first = \"20ms\", \
+             jobs = {{ barrier_interval = \"{barrier}\", busy_first = \"20ms\", \
              busy_ceiling = \"200ms\", merge_wait = \"{merge}\", storage_patience = \"{patience}\" }}\n{rim}",
             name = text(host),
             fabric = text(self.fabric),
@@ -117,6 +118,7 @@ impl Ground<'_> {
             lab = text(lab),
             patience = self.plan.storage_patience,
             merge = self.plan.merge_wait,
+            barrier = self.plan.barrier_interval,
             rim = rim(self.plan),
         )
     }

@@ -37,6 +37,10 @@ pub struct Plan {
     pub lease_ms: [u64; 3],
     /// How long jobs ask storage that does not answer.
     pub storage_patience: &'static str,
+    /// Longest time between two barriers of a job.
+    pub barrier_interval: &'static str,
+    /// Below this much free space a storage node takes nothing new.
+    pub min_free: &'static str,
     /// How long a job waits for a merge before it says that the host is not clean.
     pub merge_wait: &'static str,
     /// What a storage node may keep.
@@ -58,6 +62,8 @@ impl Default for Plan {
             hosts: vec!["alpha".to_owned(), "beta".to_owned()],
             lease_ms: [1500, 300, 1000],
             storage_patience: "60s",
+            barrier_interval: "200ms",
+            min_free: "256 MiB",
             merge_wait: "60s",
             capacity: "2 GiB",
             otlp: None,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use outrider_lab::{DiskSource, WaitFor};
+use outrider_lab::{DiskSource, Fault, FaultKind, GateSpec, WaitFor};
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_tests::fabric::MIB;
 use outrider_tests::wait::DEADLINE;
@@ -137,4 +137,101 @@ async fn a_backup_after_an_applied_checkpoint_is_exact() {
     let last = fabric.operator.backed_up(vm, BackupKind::Incremental).await;
     fabric.assert_restores_exactly(&last, "beta").await;
     fabric.assert_clean(vm).await;
+}
+
+/// The host dies in the middle of a backup, agent and all; the VM comes up on the other one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_host_crash_the_next_point_is_exact_and_called_unproven() {
+    let mut fabric = Fabric::start(Plan::default()).await;
+    let vm = "books";
+    fabric.vm(vm, "alpha", 24 * MIB).await;
+    fabric.operator.backed_up(vm, BackupKind::Full).await;
+    fabric.write(vm, 4 * MIB, 51).await;
+
+    let spec = GateSpec { vm: vm.to_owned(), host: None, budget: 2 * MIB };
+    let gate = fabric.lab.set_gate(spec).await.expect("a gate");
+    let job = fabric.operator.backup(vm, BackupKind::Incremental).await;
+    fabric.lab.wait(WaitFor::GateBlocked { gate }, DEADLINE).await.expect("it reads");
+    fabric.agent("alpha").kill();
+    fabric.lab.crash_host("alpha").await.expect("crashed");
+    fabric.lab.release_gate(gate).await.expect("open");
+    let job = fabric.operator.done(&job.job_id).await;
+    assert_eq!(job.host, "beta", "{job:?}");
+    let interrupted = fabric.operator.point(vm, &job.point_id).await;
+    fabric.assert_restores_exactly(&interrupted, "beta").await;
+
+    fabric.write(vm, MIB, 52).await;
+    let after = fabric.operator.backed_up(vm, BackupKind::Incremental).await;
+    fabric.assert_restores_exactly(&after, "beta").await;
+    assert!(
+        interrupted.tracking_unproven || after.tracking_unproven,
+        "one of the two started from before the crash: {interrupted:?} {after:?}"
+    );
+    fabric.assert_clean(vm).await;
+
+    fabric.lab.start_host("alpha").await.expect("started");
+    fabric.agent("alpha").restart();
+    fabric.agent("alpha").ready().await;
+    fabric.settled().await;
+    fabric.assert_next_incremental_is_exact(vm, 53).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_merge_that_is_stuck_makes_the_job_say_two_results_and_is_cleaned_up_later() {
+    let fabric = Fabric::start(Plan { merge_wait: "1s", ..Plan::default() }).await;
+    let vm = "books";
+    fabric.vm(vm, "alpha", 24 * MIB).await;
+    let fault = fabric.lab.set_fault(Fault::new(FaultKind::StuckMerge).on_vm(vm)).await;
+    let fault = fault.expect("in force");
+    let job = fabric.operator.backup(vm, BackupKind::Full).await;
+    let job = fabric.operator.ended(&job.job_id).await;
+    assert!(job.data_safe && !job.host_clean, "two results: {job:?}");
+    assert_ne!(job.state, "completed", "not green: {job:?}");
+    let status = fabric.operator.status().await.expect("a status");
+    assert!(status.open_duties > 0, "the duty stays: {status:?}");
+    let point = fabric.operator.point(vm, &job.point_id).await;
+    fabric.assert_restores_exactly(&point, "beta").await;
+
+    fabric.lab.clear_fault(fault).await.expect("cleared");
+    fabric.assert_clean(vm).await;
+    fabric.assert_next_incremental_is_exact(vm, 61).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn storage_nodes_keep_nothing_that_can_be_read() {
+    let mut fabric = Fabric::start(Plan::default()).await;
+    let vm = "payroll of 서울";
+    fabric.vm(vm, "alpha", 16 * MIB).await;
+    let point = fabric.operator.backed_up(vm, BackupKind::Full).await;
+    let checkpoint = point.checkpoint_id.parse().expect("a GUID");
+    let truth = fabric.lab.truth_path(vm, checkpoint, 0).await.expect("recorded").expect("kept");
+    let truth = std::fs::read(truth).expect("a raw copy");
+    // A piece of what the guest wrote, and the VM's name.
+    let piece = truth.chunks(64).find(|c| c.iter().all(|b| *b != 0)).expect("the guest wrote");
+    let secrets: [&[u8]; 2] = [piece, vm.as_bytes()];
+
+    for process in &mut fabric.storage {
+        process.kill();
+    }
+    let mut bytes = 0;
+    let mut folders = vec![fabric.storage_dir(0)];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry")) {
+            if entry.path().is_dir() {
+                folders.push(entry.path());
+                continue;
+            }
+            let kept = std::fs::read(entry.path()).expect("a file");
+            bytes += kept.len();
+            for secret in secrets {
+                let found = kept.windows(secret.len()).position(|w| w == secret);
+                assert_eq!(found, None, "{} shows guest bytes", entry.path().display());
+            }
+        }
+    }
+    assert!(bytes > 4 << 20, "the node kept the backup: {bytes} bytes");
+    let found = truth.windows(piece.len()).any(|w| w == piece);
+    assert!(found, "the search finds what is there");
+    let log = fabric.storage[0].logged();
+    assert!(!log.contains(vm), "nor does its log: {log}");
 }

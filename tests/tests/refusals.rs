@@ -134,6 +134,24 @@ async fn a_port_in_use_is_told_with_the_setting_to_change() {
     fabric.settled().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_storage_node_fails_the_job_with_its_reason_and_leaves_the_host_clean() {
+    let plan = Plan { min_free: "1024 TiB", storage_patience: "1s", ..Plan::default() };
+    let fabric = Fabric::start(plan).await;
+    fabric.vm("one", "alpha", 8 * MIB).await;
+    let job = fabric.operator.backup("one", BackupKind::Full).await;
+    let job = fabric.operator.ended(&job.job_id).await;
+    assert!(!job.data_safe && job.host_clean && job.state == "failed", "{job:?}");
+    assert_eq!(job.error_code, error_code::STORAGE_FULL.code, "{job:?}");
+    assert!(job.reason.contains("s1 is full: add storage"), "{job:?}");
+    let seen = fabric.seen("one").await;
+    assert_eq!(seen.recovery_checkpoints().count(), 0, "{seen:?}");
+    assert!(fabric.operator.points("one").await.is_empty());
+    let args = ["backup", "run", "--json", "--wait", "--vm", "one"];
+    let outcome = tokio::task::block_in_place(|| fabric.operator.cli(&args));
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+}
+
 #[test]
 fn two_processes_on_one_data_folder_are_refused() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
