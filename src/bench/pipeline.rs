@@ -120,6 +120,8 @@ pub(super) async fn run(args: Args, json: bool) -> Done {
     };
     let (read, took) = Box::pin(run.run()).await?;
     let whole = Stage { name: "whole", bytes: read, took, note: String::new() };
+    // Alone, each stage had all processors; together they share them. Times add up, so rates do by their reciprocals.
+    let shared = 1.0 / all.iter().map(|s| 1.0 / s.rate()).sum::<f64>();
     if json {
         let rates: Vec<_> = all
             .iter()
@@ -130,6 +132,8 @@ pub(super) async fn run(args: Args, json: bool) -> Done {
             "stages": rates, "slowest": all[slowest].name,
             "whole_mb_per_s": whole.rate(),
             "whole_of_slowest": whole.rate() / all[slowest].rate(),
+            "shared_mb_per_s": shared,
+            "whole_of_shared": whole.rate() / shared,
         }));
         return Ok(ExitCode::SUCCESS);
     }
@@ -139,10 +143,12 @@ pub(super) async fn run(args: Args, json: bool) -> Done {
     });
     println!("{}", output::right(output::table(["stage", "MB/s", "note"], rows.collect()), &[1]));
     println!(
-        "\nthe whole: {:.0} MB/s, {:.0}% of its slowest stage ({})",
+        "\nthe whole: {:.0} MB/s, {:.0}% of its slowest stage ({}), {:.0}% of what the stages could do sharing the \
+         processors ({shared:.0} MB/s)",
         whole.rate(),
         100.0 * whole.rate() / all[slowest].rate(),
-        all[slowest].name
+        all[slowest].name,
+        100.0 * whole.rate() / shared
     );
     eprintln!(
         "rates are guest bytes of the disk per second; {workers} workers; each stage had the machine to itself"
