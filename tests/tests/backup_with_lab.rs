@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use outrider_lab::{
     CheckpointOnMigration, CreateVm, CsvConfig, Delays, DiskSource, Fault, FaultKind, GateSpec,
-    GuestWrite, HoldSpec, LabConfig, LabControl, MigrationKind, TruthConfig, VmState, WaitFor, When,
+    GuestWrite, HoldSpec, LabConfig, LabControl, MigrationKind, TruthConfig, VmState, WaitFor,
+    When,
 };
 use outrider_node::config::{JobTimes, Limits};
 use outrider_node::fakes::{MemoryCoordinator, MemoryStore, sealer};
@@ -20,9 +21,11 @@ use outrider_node::metrics::NodeMetrics;
 use outrider_node::pipeline::Pool;
 use outrider_node::restore::{self, Reader};
 use outrider_node::source::Sources;
-use outrider_proto::ids::{JobId, LeaseEpoch, PointId, VmGuid, VmKey, VmRole};
-use outrider_proto::rpc::{self, BackupKind, BackupWork, Consistency, DutyState, JobLease, job_lease::Work};
 use outrider_process::clock::{Clock, SystemClock};
+use outrider_proto::ids::{JobId, LeaseEpoch, PointId, VmGuid, VmKey, VmRole};
+use outrider_proto::rpc::{
+    self, BackupKind, BackupWork, Consistency, DutyState, JobLease, job_lease::Work,
+};
 use outrider_wmi::lab::{LabFiles, LabWmi};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -58,7 +61,6 @@ impl Job {
 /// An attempt at work: aborting it is a kill, as far as hypervisor and storage can tell.
 struct Attempt {
     task: JoinHandle<bool>,
-    progress: watch::Receiver<Progress>,
     sources: Sources,
 }
 
@@ -97,7 +99,14 @@ impl World {
             .create_vm(CreateVm::new("장부 <1>", "alpha", "Volume1", disks))
             .await
             .expect("the VM is made");
-        Self { folder, addr, lab, coordinator: MemoryCoordinator::new(), store: MemoryStore::new(), vm }
+        Self {
+            folder,
+            addr,
+            lab,
+            coordinator: MemoryCoordinator::new(),
+            store: MemoryStore::new(),
+            vm,
+        }
     }
 
     async fn small() -> Self {
@@ -134,11 +143,16 @@ impl World {
     async fn attempt(&self, job: Job, host: &str, epoch: u64) -> Attempt {
         let hypervisor = self.hypervisor(host).await;
         let clock = Arc::new(SystemClock::new());
-        let lease =
-            Lease::granted(job.id, LeaseEpoch(epoch), Duration::from_secs(3600), false, clock.clone());
+        let lease = Lease::granted(
+            job.id,
+            LeaseEpoch(epoch),
+            Duration::from_secs(3600),
+            false,
+            clock.clone(),
+        );
         lease.renew(clock.monotonic());
         self.coordinator.with(|d| d.lease_epoch = epoch);
-        let (progress, progress_seen) = watch::channel(Progress::default());
+        let progress = watch::Sender::new(Progress::default());
         let sources = Sources::new(hypervisor.files());
         let context = JobContext {
             hypervisor,
@@ -148,7 +162,10 @@ impl World {
             lease,
             sources: sources.clone(),
             pool: Pool::new(2, 8 << 20),
-            limits: Limits { read_size: outrider_node::config::ByteCount(256 << 10), ..Limits::default() },
+            limits: Limits {
+                read_size: outrider_node::config::ByteCount(256 << 10),
+                ..Limits::default()
+            },
             times: times(),
             clock,
             host: host.into(),
@@ -174,7 +191,7 @@ impl World {
             ..JobLease::default()
         };
         let task = tokio::spawn(async move { job::run(context, message).await });
-        Attempt { task, progress: progress_seen, sources }
+        Attempt { task, sources }
     }
 
     /// A whole job on one host; both results have to be good.
@@ -196,14 +213,19 @@ impl World {
     }
 
     fn commit(&self, job: Job) -> rpc::CommitRequest {
-        self.coordinator.with(|d| d.commits.get(&job.id.to_string()).cloned()).expect("it committed")
+        self.coordinator
+            .with(|d| d.commits.get(&job.id.to_string()).cloned())
+            .expect("it committed")
     }
 
     /// Restores the disks of a job's point and compares them with what its checkpoint froze.
     async fn judge(&self, job: Job) {
         let commit = self.commit(job);
-        let reader =
-            Reader { store: Arc::new(self.store.clone()), sealer: sealer(), pool: Pool::new(2, 8 << 20) };
+        let reader = Reader {
+            store: Arc::new(self.store.clone()),
+            sealer: sealer(),
+            pool: Pool::new(2, 8 << 20),
+        };
         let id = commit.manifest_id.parse().expect("an id");
         let manifest = restore::fetch_manifest(&reader, id).await.expect("the manifest opens");
         let dir = tempfile::tempdir_in(self.folder.path()).expect("a folder");
@@ -212,8 +234,12 @@ impl World {
         assert_eq!(files.len(), self.vm.disks.len());
         for (index, file) in files.iter().enumerate() {
             let checkpoint = commit.checkpoint_id.parse().expect("a GUID");
-            let compared = self.lab.compare_disk(file, checkpoint, index).await.expect("comparable");
-            assert!(compared == outrider_lab::Comparison::Identical, "disk {index} differs: {compared:?}");
+            let compared =
+                self.lab.compare_disk(file, checkpoint, index).await.expect("comparable");
+            assert!(
+                compared == outrider_lab::Comparison::Identical,
+                "disk {index} differs: {compared:?}"
+            );
         }
     }
 
@@ -234,7 +260,9 @@ impl World {
             }
             None => assert!(vm.reference_points.is_empty(), "an unbound reference point is left"),
         }
-        let open = self.coordinator.with(|d| d.duties.iter().filter(|k| k.state() != DutyState::Done).count());
+        let open = self
+            .coordinator
+            .with(|d| d.duties.iter().filter(|k| k.state() != DutyState::Done).count());
         assert_eq!(open, 0, "a duty is open");
     }
 }
@@ -298,7 +326,11 @@ async fn killed_at_any_call_of_the_hypervisor_the_next_attempt_finishes_clean_an
         // A call that was held before its effect is gone with its caller.
         let _ = world.lab.release(hold).await;
         let good = world.attempt(job, "alpha", 2).await.end().await;
-        assert!(good, "{method} {when:?}: {:?}", world.coordinator.with(|d| d.finished.last().cloned()));
+        assert!(
+            good,
+            "{method} {when:?}: {:?}",
+            world.coordinator.with(|d| d.finished.last().cloned())
+        );
         world.judge(job).await;
         world.assert_clean().await;
         world.write(MIB, 3).await;
@@ -398,7 +430,13 @@ async fn a_restore_under_another_name_defines_and_starts_a_vm_with_the_exact_dis
     restoring.point = job.point;
     let hypervisor = world.hypervisor("beta").await;
     let clock = Arc::new(SystemClock::new());
-    let lease = Lease::granted(restoring.id, LeaseEpoch(1), Duration::from_secs(3600), false, clock.clone());
+    let lease = Lease::granted(
+        restoring.id,
+        LeaseEpoch(1),
+        Duration::from_secs(3600),
+        false,
+        clock.clone(),
+    );
     lease.renew(clock.monotonic());
     let sources = Sources::new(hypervisor.files());
     let context = JobContext {
@@ -431,7 +469,11 @@ async fn a_restore_under_another_name_defines_and_starts_a_vm_with_the_exact_dis
         })),
         ..JobLease::default()
     };
-    assert!(job::run(context, message).await, "{:?}", world.coordinator.with(|d| d.finished.last().cloned()));
+    assert!(
+        job::run(context, message).await,
+        "{:?}",
+        world.coordinator.with(|d| d.finished.last().cloned())
+    );
     let Inventory { vms, .. } = hypervisor.inventory().await.expect("listed");
     let made = vms.iter().find(|vm| vm.name == "restored").expect("it is there");
     assert_ne!(made.guid, VmGuid(world.vm.id));
