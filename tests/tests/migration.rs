@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use outrider_lab::{GateSpec, MigrationKind, WaitFor};
+use outrider_lab::{GateSpec, HoldSpec, MigrationKind, WaitFor, When};
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_tests::fabric::MIB;
 use outrider_tests::wait::DEADLINE;
@@ -96,8 +96,7 @@ async fn a_stale_agent_that_wakes_up_neither_commits_nor_calls_the_hypervisor() 
     let points = fabric.operator.points(vm).await;
     assert_eq!(points.len(), 2);
 
-    let calls_before = fabric.lab.call_log(None).await.expect("a log");
-    let last = calls_before.iter().map(|c| c.order).max().unwrap_or(0);
+    let last = last_call(&fabric).await;
     let heard = host_heard(&fabric, "alpha").await;
     fabric.agent("alpha").resume();
     eventually("the old agent is back", async || {
@@ -110,16 +109,64 @@ async fn a_stale_agent_that_wakes_up_neither_commits_nor_calls_the_hypervisor() 
     // Work that comes after its return: whatever it had queued is decided by then.
     fabric.assert_next_incremental_is_exact(vm, 4).await;
 
-    let calls = fabric.lab.call_log(Some("alpha")).await.expect("a log");
-    let id = fabric.seen(vm).await.id;
-    let touched: Vec<_> = calls
-        .iter()
-        .filter(|c| c.order > last && c.vm == Some(id) && MUTATING.contains(&c.method.as_str()))
-        .collect();
-    assert!(touched.is_empty(), "the stale agent touched the hypervisor: {touched:?}");
+    assert_untouched(&fabric, "alpha", last).await;
     let points = fabric.operator.points(vm).await;
     assert_eq!(points.len(), 3, "the stale agent committed: {points:?}");
     fabric.assert_restores_exactly(&points[1], "alpha").await;
+}
+
+/// The answer to a call arrives at an agent that was stopped meanwhile: its next step would be another call.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_stopped_in_a_call_makes_no_other_one_when_it_wakes_up() {
+    let mut fabric = Fabric::start(Plan::default()).await;
+    let vm = "contested";
+    fabric.vm(vm, "alpha", 24 * MIB).await;
+    fabric.operator.backed_up(vm, BackupKind::Full).await;
+    fabric.write(vm, 4 * MIB, 3).await;
+    for method in ["CreateSnapshot", "ConvertToReferencePoint"] {
+        let host = fabric.seen(vm).await.host;
+        let other = fabric.other_host(&host);
+        let spec = HoldSpec {
+            method: method.to_owned(),
+            vm: Some(vm.to_owned()),
+            host: Some(host.clone()),
+            when: When::After,
+        };
+        let hold = fabric.lab.hold(spec).await.expect("a hold");
+        let job = fabric.operator.backup(vm, BackupKind::Incremental).await;
+        fabric.lab.wait(WaitFor::MethodHeld { hold }, DEADLINE).await.expect("it is called");
+        fabric.agent(&host).pause();
+        let id = fabric.seen(vm).await.id.to_string();
+        fabric.lab.wait(WaitFor::NoMerge { vm: id }, DEADLINE).await.expect("merges end");
+        fabric.lab.migrate(vm, &other, MigrationKind::Live).await.expect("moves");
+        fabric.lab.release(hold).await.expect("the answer is on its way");
+        let job = fabric.operator.done(&job.job_id).await;
+        assert_eq!(job.host, other, "the new host finished: {job:?}");
+
+        let last = last_call(&fabric).await;
+        let heard = host_heard(&fabric, &host).await;
+        fabric.agent(&host).resume();
+        eventually("the old agent is back", async || {
+            let now = host_heard(&fabric, &host).await;
+            if now > heard { Ok(()) } else { Err("not heard of yet".to_owned()) }
+        })
+        .await;
+        fabric.assert_next_incremental_is_exact(vm, 9).await;
+        assert_untouched(&fabric, &host, last).await;
+    }
+}
+
+async fn last_call(fabric: &Fabric) -> u64 {
+    let calls = fabric.lab.call_log(None).await.expect("a log");
+    calls.iter().map(|c| c.order).max().unwrap_or(0)
+}
+
+/// No mutating call on a host since then, on whatever object.
+async fn assert_untouched(fabric: &Fabric, host: &str, last: u64) {
+    let calls = fabric.lab.call_log(Some(host)).await.expect("a log");
+    let touched: Vec<_> =
+        calls.iter().filter(|c| c.order > last && MUTATING.contains(&c.method.as_str())).collect();
+    assert!(touched.is_empty(), "the stale agent touched the hypervisor: {touched:?}");
 }
 
 async fn host_heard(fabric: &Fabric, host: &str) -> u64 {
