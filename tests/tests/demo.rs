@@ -1,0 +1,78 @@
+//! `outrider demo` is the product's main job on one machine: whoever tries Outrider sees this first.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use outrider_disk::compare::first_difference;
+use outrider_disk::open_disk;
+use outrider_disk::vhdx::{CreateOptions, VhdxWriter};
+
+const MIB: u64 = 1 << 20;
+
+/// A dynamic disk with some content; sizes and block sizes are none that the demo would choose.
+fn disk(folder: &Path, name: &str, size: u64, block_size: u32, seed: u8) -> PathBuf {
+    let path = folder.join(name);
+    let mut options = CreateOptions::dynamic(size);
+    options.block_size = block_size;
+    let mut writer = VhdxWriter::create(&path, &options).expect("a new disk");
+    let mut piece = vec![0u8; 300 << 10];
+    for (n, offset) in (0..size - piece.len() as u64).step_by(3 << 20).enumerate() {
+        let tag = u8::try_from(n % 251).expect("below 251");
+        piece.iter_mut().zip(0u64..).for_each(|(byte, at)| {
+            *byte = if at % 7 < 3 { seed } else { (at / 5) as u8 ^ tag };
+        });
+        writer.write_at(offset - offset % 512, &piece).expect("written");
+    }
+    writer.close().expect("closed");
+    path
+}
+
+#[test]
+fn the_demo_tells_its_whole_story_on_given_disks_and_gives_them_back_unchanged() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("restored");
+    let disks = [
+        disk(folder.path(), "web server.vhdx", 40 * MIB + 512, 1 << 20, 1),
+        disk(folder.path(), "데이터.vhdx", 25 * MIB + 1536, 256 << 20, 2),
+    ];
+    let mut demo = Command::new(outrider_tests::binary::outrider());
+    demo.args(["demo", "--json", "--seed", "7", "--restore-to"]).arg(&out);
+    for disk in &disks {
+        demo.arg("--disk").arg(disk);
+    }
+    let output = demo.env("TMPDIR", folder.path()).output().expect("the demo runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}\n{}", String::from_utf8_lossy(&output.stdout));
+
+    let result: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("one JSON object on standard output");
+    assert_eq!(result["ok"], true, "{result}");
+    let steps = result["steps"].as_array().expect("steps");
+    for name in [
+        "first-backup",
+        "incremental",
+        "migrate-mid-backup",
+        "leader-killed",
+        "storage-killed",
+        "restore",
+        "hosts-clean",
+    ] {
+        let step = steps.iter().find(|s| s["name"] == name);
+        assert!(step.is_some_and(|s| s["ok"] == true), "{name}: {result}");
+    }
+    assert_eq!(result["vms"].as_array().map(Vec::len), Some(disks.len()), "{result}");
+
+    for given in &disks {
+        let stem = given.file_stem().and_then(|s| s.to_str()).expect("a name");
+        let first = open_disk(&out.join(format!("{stem}-first.vhdx"))).expect("it was restored");
+        let given = open_disk(given).expect("it is still there");
+        assert_eq!(first_difference(&*given, &*first).expect("comparable"), None, "{stem}");
+        open_disk(&out.join(format!("{stem}-last.vhdx"))).expect("the last point, too");
+    }
+    let left: Vec<_> = std::fs::read_dir(folder.path())
+        .expect("readable")
+        .map(|e| e.expect("an entry").file_name())
+        .filter(|n| n.to_string_lossy().starts_with("outrider-demo"))
+        .collect();
+    assert!(left.is_empty(), "the demo left its folder: {left:?}");
+}
