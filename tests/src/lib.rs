@@ -11,6 +11,7 @@
 //! | [`config`] | the configuration files |
 //! | [`fabric`] | all processes of a fabric together |
 //! | [`operator`] | what an operator asks, typed; and the command line as it is typed |
+//! | [`http`] | metrics and health of a process |
 //! | [`judge`] | is the restore exact, is the host clean? |
 //! | [`sabotage`] | power cuts and rot in a storage node's files |
 //! | [`traces`] | an OTLP receiver |
@@ -19,6 +20,7 @@
 pub mod binary;
 pub mod config;
 pub mod fabric;
+pub mod http;
 pub mod judge;
 pub mod operator;
 pub mod process;

@@ -1,6 +1,7 @@
 //! One process of the fabric: started, waited for, stopped, killed; never left behind.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -101,6 +102,12 @@ impl Process {
     /// Waits until it serves; panics with its log when it does not.
     pub async fn ready(&mut self) -> Ready {
         self.try_ready().await.unwrap_or_else(|reason| panic!("{reason}"))
+    }
+
+    /// Where it serves metrics and health.
+    pub async fn observability(&mut self) -> SocketAddr {
+        let ready = self.ready().await;
+        *ready.addresses.get("metrics").unwrap_or_else(|| panic!("it tells where: {ready:?}"))
     }
 
     /// How it ended, if it did.

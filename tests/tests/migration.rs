@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use outrider_lab::{GateSpec, HoldSpec, MigrationKind, WaitFor, When};
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_tests::fabric::MIB;
+use outrider_tests::http::{get, metric};
 use outrider_tests::wait::DEADLINE;
 use outrider_tests::{Fabric, Plan, eventually};
 
@@ -154,6 +155,46 @@ async fn an_agent_stopped_in_a_call_makes_no_other_one_when_it_wakes_up() {
         fabric.assert_next_incremental_is_exact(vm, 9).await;
         assert_untouched(&fabric, &host, last).await;
     }
+}
+
+/// Nobody can tell the agent anything: it has to look at its own clock.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_slept_past_its_lease_stops_by_its_own_clock() {
+    let mut fabric = Fabric::start(Plan::default()).await;
+    let vm = "contested";
+    fabric.vm(vm, "alpha", 24 * MIB).await;
+    fabric.operator.backed_up(vm, BackupKind::Full).await;
+    fabric.write(vm, 4 * MIB, 3).await;
+    let spec = HoldSpec {
+        method: "CreateSnapshot".to_owned(),
+        vm: Some(vm.to_owned()),
+        host: Some("alpha".to_owned()),
+        when: When::After,
+    };
+    let hold = fabric.lab.hold(spec).await.expect("a hold");
+    let job = fabric.operator.backup(vm, BackupKind::Incremental).await;
+    fabric.lab.wait(WaitFor::MethodHeld { hold }, DEADLINE).await.expect("it is called");
+    let metrics = fabric.agent("alpha").observability().await;
+    fabric.coordinators[0].pause();
+    fabric.agent("alpha").pause();
+    fabric.lab.release(hold).await.expect("the answer is on its way");
+    // Time itself is what has to pass here: more than the cutoff of the lease.
+    tokio::time::sleep(std::time::Duration::from_millis(2 * fabric.plan.lease_ms[2])).await;
+    let last = last_call(&fabric).await;
+    fabric.agent("alpha").resume();
+    eventually("the agent lets its lease go", async || {
+        let text = tokio::task::block_in_place(|| get(metrics, "/metrics"));
+        match metric(&text, "outrider_node_leases_lost_total") {
+            Some(lost) if lost > 0.0 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    assert_untouched(&fabric, "alpha", last).await;
+    fabric.coordinators[0].resume();
+    fabric.operator.done(&job.job_id).await;
+    fabric.assert_clean(vm).await;
+    fabric.assert_next_incremental_is_exact(vm, 4).await;
 }
 
 async fn last_call(fabric: &Fabric) -> u64 {

@@ -1,13 +1,12 @@
 //! One trace follows a job through all processes, and Prometheus understands what every process exposes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::Write;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use outrider_proto::rpc::BackupKind;
 use outrider_tests::fabric::MIB;
+use outrider_tests::http::get;
 use outrider_tests::traces::{Arrived, Receiver};
 use outrider_tests::{Fabric, Plan, eventually};
 
@@ -68,31 +67,6 @@ fn connected(trace: &[&Arrived]) -> Result<(), String> {
     Err("no fsync leads back to the coordinator yet".to_owned())
 }
 
-/// The body of a plain HTTP answer.
-fn get(address: SocketAddr, path: &str) -> String {
-    let mut stream = TcpStream::connect(address).expect("it listens");
-    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a time");
-    let request = format!("GET {path} HTTP/1.1\r\nHost: fabric\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).expect("sent");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("HTTP");
-    assert!(head.starts_with("HTTP/1.1 200"), "{path} of {address}: {answer}");
-    if !head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
-        return body.to_owned();
-    }
-    let (mut plain, mut rest) = (String::new(), body);
-    while let Some((size, more)) = rest.split_once("\r\n") {
-        let size = usize::from_str_radix(size.trim(), 16).expect("a chunk's size");
-        plain.push_str(&more[..size]);
-        rest = more[size..].trim_start_matches("\r\n");
-        if size == 0 {
-            break;
-        }
-    }
-    plain
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_process_exposes_metrics_that_prometheus_understands_and_says_that_it_is_healthy() {
     let mut fabric = Fabric::start(Plan::default()).await;
@@ -106,10 +80,7 @@ async fn every_process_exposes_metrics_that_prometheus_understands_and_says_that
     let Fabric { coordinators, storage, agents, .. } = &mut fabric;
     for process in coordinators.iter_mut().chain(storage).chain(agents) {
         let name = process.name().to_owned();
-        let ready = process.ready().await;
-        let address =
-            ready.addresses.get("metrics").or_else(|| ready.addresses.get("observability"));
-        let address = *address.unwrap_or_else(|| panic!("{name} tells where: {ready:?}"));
+        let address = process.observability().await;
         assert_eq!(get(address, "/healthz"), "ok\n", "{name}");
         assert_eq!(get(address, "/readyz"), "ready\n", "{name}");
         let metrics = get(address, "/metrics");
