@@ -144,6 +144,8 @@ pub struct Pipeline {
     journal: Option<SharedJournal>,
     /// Leaves of an earlier attempt on this checkpoint, as its journal tells.
     journalled: HashMap<LeafKey, ChunkId>,
+    /// Whether an earlier attempt has read from this checkpoint.
+    resumed: bool,
     state: Mutex<State>,
 }
 
@@ -203,6 +205,7 @@ impl Pipeline {
             parents,
             journal: None,
             journalled: HashMap::new(),
+            resumed: false,
             state: Mutex::new(state),
         }
     }
@@ -216,6 +219,14 @@ impl Pipeline {
     ) -> Self {
         self.journal = Some(journal);
         self.journalled = journalled;
+        self
+    }
+
+    /// Says that an earlier attempt has read from this checkpoint: what storage has of a leaf that it did not finish counts
+    /// as read again.
+    #[must_use]
+    pub fn resumed(mut self, resumed: bool) -> Self {
+        self.resumed = resumed;
         self
     }
 

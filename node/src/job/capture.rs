@@ -110,7 +110,8 @@ pub(super) async fn run(
     context.phase("running");
     let tracking_unproven = binding.is_some_and(|b| b.tracking_unproven) && start.parent.is_some();
     let journal = Arc::new(tokio::sync::Mutex::new(appender));
-    let pipeline = pipeline.with_journal(journal.clone(), journalled);
+    let resumed = matches!(open.origin, Origin::Adopted(_));
+    let pipeline = pipeline.with_journal(journal.clone(), journalled).resumed(resumed);
     // Roots are asked for again at the commit, where nothing is left to do unless storage lost something.
     pipeline.capture().boxed().await?;
     Ok(Captured { pipeline, start, disks, config, tracking_unproven, journal })

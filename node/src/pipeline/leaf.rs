@@ -138,6 +138,10 @@ impl Pipeline {
         for ((id, bytes), answer) in fresh.into_iter().zip(answers) {
             if answer == Presence::Yes {
                 self.count_known(bytes.len());
+                // Whole leaves are counted where they are read.
+                if self.resumed && earlier.is_none() {
+                    Stats::add(&self.stats.reread_bytes, bytes.len() as u64);
+                }
             } else {
                 missing.push((id, bytes));
             }
