@@ -148,8 +148,7 @@ impl Pipeline {
                     self.after_barrier(drive, covered, outcome).await?;
                 }
                 // Reads may stand still for long (a volume pauses I/O): what was sent before becomes durable anyway.
-                () = tokio::time::sleep_until(drive.last_barrier + self.bounds.barrier_interval),
-                    if barrier.is_none() && !drive.unconfirmed.is_empty() => {}
+                () = tokio::time::sleep(self.bounds.barrier_interval), if barrier.is_none() => {}
                 written = maybe(&mut journal) => {
                     journal = None;
                     written?;
@@ -181,11 +180,12 @@ impl Pipeline {
     }
 
     fn barrier_is_due(&self, drive: &Drive) -> bool {
-        if drive.unconfirmed.is_empty() {
-            return false;
-        }
         let total = self.stats.snapshot().sent_bytes;
         let sent = total.saturating_sub(drive.sent_before);
+        // Chunks of a leaf that is still at work count, too: they are what a successor need not send.
+        if drive.unconfirmed.is_empty() && sent == 0 {
+            return false;
+        }
         let distance = (total / BARRIER_SHARE).max(LEAST_BARRIER).min(self.bounds.barrier_bytes);
         sent >= distance
             || drive.unconfirmed.len() >= UNCONFIRMED
