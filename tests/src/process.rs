@@ -107,7 +107,8 @@ impl Process {
     /// Where it serves metrics and health.
     pub async fn observability(&mut self) -> SocketAddr {
         let ready = self.ready().await;
-        *ready.addresses.get("metrics").unwrap_or_else(|| panic!("it tells where: {ready:?}"))
+        let mut named = ["metrics", "observability"].iter().filter_map(|n| ready.addresses.get(*n));
+        *named.next().unwrap_or_else(|| panic!("it tells where: {ready:?}"))
     }
 
     /// How it ended, if it did.
