@@ -7,7 +7,7 @@
 //! | [`roles`] | what turns a configuration file into a running process |
 //! | [`fabric`] | a new fabric on disk: authority, key-encryption key, identities |
 //! | [`demo`] | the main job, told step by step with real processes |
-//! | [`bench`] | how fast each stage of the pipeline is |
+//! | [`mod@bench`] | how fast each stage of the pipeline is |
 //! | [`output`], [`report`] | tables, JSON, progress; failures |
 
 mod bench;

@@ -1,6 +1,6 @@
 //! The store of a node: what it took in, what of that is durable, and where.
 //!
-//! One thread writes ([`committer`]); everybody reads. An id is known here only after its bytes are synced.
+//! One thread writes (`committer`); everybody reads. An id is known here only after its bytes are synced.
 
 mod committer;
 
