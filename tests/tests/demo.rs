@@ -64,10 +64,10 @@ fn the_demo_tells_its_whole_story_on_given_disks_and_gives_them_back_unchanged()
 
     for given in &disks {
         let stem = given.file_stem().and_then(|s| s.to_str()).expect("a name");
-        let first = open_disk(&out.join(format!("{stem}-first.vhdx"))).expect("it was restored");
+        let first = open_disk(out.join(format!("{stem}-first.vhdx"))).expect("it was restored");
         let given = open_disk(given).expect("it is still there");
         assert_eq!(first_difference(&*given, &*first).expect("comparable"), None, "{stem}");
-        open_disk(&out.join(format!("{stem}-last.vhdx"))).expect("the last point, too");
+        open_disk(out.join(format!("{stem}-last.vhdx"))).expect("the last point, too");
     }
     let left: Vec<_> = std::fs::read_dir(folder.path())
         .expect("readable")
