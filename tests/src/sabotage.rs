@@ -32,23 +32,28 @@ pub fn segments(folder: &Path) -> Vec<(PathBuf, SegmentHeader)> {
     found
 }
 
-/// Where the records of a segment lie: offset and length. The node may be running.
-#[must_use]
-pub fn records(path: &Path) -> Vec<(u64, u64)> {
-    let file = File::open(path).expect("a segment");
+/// Where the records of a segment lie: offset and length. `None` when a running node has just sealed, that is renamed, it.
+fn records(path: &Path) -> Option<Vec<(u64, u64)>> {
+    let file = File::open(path).ok()?;
     let len = file.metadata().expect("a file").len();
     let mut found = Vec::new();
     let extent = Extent { len, watermark: 0 };
     scan(&file, extent, |record| found.push((record.offset, record.head.padded_len())))
         .expect("readable");
-    found
+    Some(found)
 }
 
-/// How many records of a kind a node has written.
+/// How many records of a kind a node has written. The node may be running.
 #[must_use]
 pub fn count(folder: &Path, kind: SegmentKind) -> usize {
-    let of_kind = segments(folder).into_iter().filter(|(_, header)| header.kind == kind);
-    of_kind.map(|(path, _)| records(&path).len()).sum()
+    loop {
+        let of_kind = segments(folder).into_iter().filter(|(_, header)| header.kind == kind);
+        let counted: Option<Vec<usize>> =
+            of_kind.map(|(path, _)| records(&path).map(|r| r.len())).collect();
+        if let Some(counted) = counted {
+            return counted.into_iter().sum();
+        }
+    }
 }
 
 /// A power cut in its worst form: all that was not known to be durable is gone. Gives the bytes lost.
@@ -77,7 +82,7 @@ pub fn ruin_data(folder: &Path) -> usize {
     let mut ruined = 0;
     for (path, _) in segments(folder).iter().filter(|(_, h)| h.kind == SegmentKind::Data) {
         let file = OpenOptions::new().read(true).write(true).open(path).expect("writable");
-        for (offset, len) in records(path) {
+        for (offset, len) in records(path).expect("the node is down") {
             let at = offset + len / 2;
             let mut byte = [0];
             file.read_exact_at(&mut byte, at).expect("readable");

@@ -1,11 +1,14 @@
 //! Promise 2 and 3: the new host goes on with the same checkpoint, and a stale agent neither commits nor touches anything.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
+use outrider_format::segment::SegmentKind;
 use outrider_lab::{GateSpec, HoldSpec, MigrationKind, WaitFor, When};
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_tests::fabric::MIB;
 use outrider_tests::http::{get, metric};
+use outrider_tests::sabotage;
 use outrider_tests::wait::DEADLINE;
 use outrider_tests::{Fabric, Plan, eventually};
 
@@ -46,6 +49,7 @@ async fn a_migration_in_a_backup_neither_reads_nor_sends_again_what_is_stored() 
     let gate = gate(&fabric, vm, "alpha", 100 * MIB).await;
     let job = fabric.operator.backup(vm, BackupKind::Full).await;
     blocked(&fabric, gate).await;
+    quiet(&fabric).await;
     fabric.lab.migrate(vm, "beta", MigrationKind::Live).await.expect("moves");
     fabric.lab.release_gate(gate).await.expect("open");
     let job = fabric.operator.done(&job.job_id).await;
@@ -179,7 +183,7 @@ async fn an_agent_that_slept_past_its_lease_stops_by_its_own_clock() {
     fabric.agent("alpha").pause();
     fabric.lab.release(hold).await.expect("the answer is on its way");
     // Time itself is what has to pass here: more than the cutoff of the lease.
-    tokio::time::sleep(std::time::Duration::from_millis(2 * fabric.plan.lease_ms[2])).await;
+    tokio::time::sleep(Duration::from_millis(2 * fabric.plan.lease_ms[2])).await;
     let last = last_call(&fabric).await;
     fabric.agent("alpha").resume();
     eventually("the agent lets its lease go", async || {
@@ -195,6 +199,23 @@ async fn an_agent_that_slept_past_its_lease_stops_by_its_own_clock() {
     fabric.operator.done(&job.job_id).await;
     fabric.assert_clean(vm).await;
     fabric.assert_next_incremental_is_exact(vm, 4).await;
+}
+
+/// Waits until what was read before the gate closed is stored and journalled: nothing new arrives for a while.
+async fn quiet(fabric: &Fabric) {
+    let folder = fabric.storage_dir(0);
+    let arrived =
+        || [SegmentKind::Data, SegmentKind::Journals].map(|kind| sabotage::count(&folder, kind));
+    let (mut before, mut since) = (arrived(), Instant::now());
+    eventually("nothing new arrives", async || {
+        let now = arrived();
+        if now != before {
+            (before, since) = (now, Instant::now());
+        }
+        let enough = now[0] > 0 && since.elapsed() > Duration::from_secs(2);
+        if enough { Ok(()) } else { Err(format!("{now:?} records")) }
+    })
+    .await;
 }
 
 async fn last_call(fabric: &Fabric) -> u64 {
