@@ -204,10 +204,15 @@ async fn work(
                     agent.metrics.leases_lost.inc();
                     tracing::warn!(reason = %lost, "the job stops here");
                 }
-                good = job::run(context, message) => match good {
-                    true => { agent.metrics.jobs_good.inc(); }
-                    false => { agent.metrics.jobs_bad.inc(); }
-                },
+                good = job::run(context, message) => {
+                    // The job itself may be the first to notice, at its next step.
+                    let lost = !good && lease.check().is_err();
+                    match (good, lost) {
+                        (true, _) => agent.metrics.jobs_good.inc(),
+                        (false, true) => agent.metrics.leases_lost.inc(),
+                        (false, false) => agent.metrics.jobs_bad.inc(),
+                    };
+                }
             }
         }
     }
