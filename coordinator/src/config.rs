@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use outrider_process::config::time;
-use outrider_process::telemetry::LogConfig;
+use outrider_process::telemetry::{LogConfig, TraceConfig};
 use outrider_proto::ids::FabricId;
 use serde::Deserialize;
 
@@ -48,7 +48,7 @@ pub struct Config {
     pub observability: Option<SocketAddr>,
     /// Traces.
     #[serde(default)]
-    pub telemetry: TelemetryConfig,
+    pub telemetry: TraceConfig,
     /// The log.
     #[serde(default)]
     pub log: LogConfig,
@@ -162,14 +162,6 @@ impl Default for LimitsConfig {
             back_off_max: Duration::from_secs(300),
         }
     }
-}
-
-/// `[telemetry]`.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct TelemetryConfig {
-    /// OTLP receiver, "http://ip:port".
-    pub otlp_endpoint: Option<String>,
 }
 
 /// Settings that contradict each other.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use outrider_process::telemetry::LogConfig;
+use outrider_process::telemetry::{LogConfig, TraceConfig};
 
 /// The whole file. Unknown keys are refused.
 #[derive(Debug, Clone, Deserialize)]
@@ -41,7 +41,7 @@ pub struct Config {
     pub observability: Option<SocketAddr>,
     /// Traces.
     #[serde(default)]
-    pub telemetry: Telemetry,
+    pub telemetry: TraceConfig,
     /// The log.
     #[serde(default)]
     pub log: LogConfig,
@@ -64,15 +64,6 @@ pub enum HypervisorKind {
 pub struct LabConfig {
     /// "ip:port" of the simulated cluster.
     pub address: String,
-}
-
-/// `[telemetry]`
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Telemetry {
-    /// The OTLP receiver (gRPC), such as `http://127.0.0.1:4317`.
-    #[serde(default)]
-    pub otlp_endpoint: Option<String>,
 }
 
 /// `[limits]`: what bounds the agent's memory and appetite.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use outrider_process::config::{ByteSize, time};
-use outrider_process::telemetry::LogConfig;
+use outrider_process::telemetry::{LogConfig, TraceConfig};
 use outrider_proto::ids::FabricId;
 use serde::Deserialize;
 
@@ -22,7 +22,7 @@ pub struct Config {
     pub observability: Option<SocketAddr>,
     /// Traces.
     #[serde(default)]
-    pub telemetry: Telemetry,
+    pub telemetry: TraceConfig,
     /// The log.
     #[serde(default)]
     pub log: LogConfig,
@@ -49,14 +49,6 @@ pub struct Config {
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
-}
-
-/// Where traces go.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Telemetry {
-    /// OTLP endpoint; nowhere if absent.
-    pub otlp_endpoint: Option<String>,
 }
 
 /// Bounds of a storage node's memory and patience.

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outrider_coordinator::config::{
-    LeaseConfig, LimitsConfig, MemberConfig, RaftConfig, StorageConfig, TelemetryConfig,
+    LeaseConfig, LimitsConfig, MemberConfig, RaftConfig, StorageConfig,
 };
 use outrider_coordinator::{Config, CoordinatorError, run};
 use outrider_process::identity::ca::FabricCa;
 use outrider_process::identity::{Identity, Role};
 use outrider_process::secret::kek::KeyEncryptionKey;
-use outrider_process::telemetry::LogConfig;
+use outrider_process::telemetry::{LogConfig, TraceConfig};
 use outrider_proto::ids::FabricId;
 use outrider_proto::layout::Layout;
 use outrider_proto::rpc;
@@ -110,7 +110,7 @@ impl Fabric {
             raft: RaftConfig::default(),
             limits: LimitsConfig { back_off: Duration::from_millis(50), ..LimitsConfig::default() },
             observability: None,
-            telemetry: TelemetryConfig::default(),
+            telemetry: TraceConfig::default(),
             log: LogConfig::default(),
         }
     }

@@ -40,6 +40,14 @@ pub struct TelemetryConfig {
     pub log: LogConfig,
 }
 
+/// `[telemetry]` of a configuration.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TraceConfig {
+    /// The OTLP receiver (gRPC), such as `http://127.0.0.1:4317`; absent: traces go nowhere.
+    pub otlp_endpoint: Option<String>,
+}
+
 /// `[log]` of a configuration.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
