@@ -2,6 +2,7 @@
 
 pub(crate) mod backup;
 pub(crate) mod connect;
+mod disk;
 #[cfg(test)]
 mod docs;
 mod export;
@@ -74,7 +75,7 @@ enum Command {
     Fabric(fabric::Command),
     /// Virtual disk files
     #[command(subcommand)]
-    Disk(offline::DiskCommand),
+    Disk(disk::Command),
     /// Run a coordinator
     Coordinator(RoleArgs),
     /// Run a storage node, or look into its files
@@ -108,7 +109,7 @@ impl Cli {
             Command::Restore(args) => restore::run(args, json).await,
             Command::Export(args) => export::run(args, json).await,
             Command::Fabric(command) => fabric::run(command, json),
-            Command::Disk(command) => offline::disk(command, json),
+            Command::Disk(command) => disk::run(command, json),
             Command::Coordinator(args) => crate::roles::coordinator(args).await,
             Command::Storage(StorageArgs { command: Some(command), .. }) => {
                 offline::storage(command, json)
