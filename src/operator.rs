@@ -88,6 +88,14 @@ impl Operator {
         ask!(self, create_group, request)
     }
 
+    /// Replaces a group's policy.
+    pub(crate) async fn edit_group(
+        &self,
+        request: rpc::EditGroupRequest,
+    ) -> Result<rpc::Group, Status> {
+        ask!(self, edit_group, request)
+    }
+
     pub(crate) async fn groups(&self) -> Result<Vec<rpc::Group>, Status> {
         Ok(ask!(self, list_groups, rpc::ListGroupsRequest {})?.groups)
     }

@@ -100,6 +100,7 @@ impl State {
             Change::VmGone { vm } => self.vm_gone(&vm, now),
             Change::TrackingUnproven { vm } => self.tracking_unproven(&vm),
             Change::CreateGroup(group) => self.create_group(*group),
+            Change::EditGroup { group, policy } => self.edit_group(group, *policy, now),
             Change::RunGroup { group, jobs, skipped, next_run_ms } => {
                 self.run_group(group, jobs, skipped, next_run_ms, now)
             }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Subcommand;
+use clap::{Args, Subcommand, ValueEnum};
 use outrider_proto::rpc;
 use serde_json::json;
 
@@ -24,9 +24,17 @@ pub(super) enum Command {
         /// A pattern of names with * and ?; VMs created later are included
         #[arg(long = "match", value_name = "PATTERN")]
         patterns: Vec<String>,
-        /// How often to back up; without it only when asked
-        #[arg(long, value_parser = super::duration, value_name = "TIME")]
-        every: Option<Duration>,
+        #[command(flatten)]
+        policy: PolicyArgs,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Another policy for a protection group; what is not named stays
+    Edit {
+        /// Its name or id
+        group: String,
+        #[command(flatten)]
+        policy: PolicyArgs,
         #[command(flatten)]
         connection: Connection,
     },
@@ -34,17 +42,86 @@ pub(super) enum Command {
     List(Connection),
 }
 
+/// What a group wants. Switches can be turned off again with `=false`.
+#[derive(Debug, Args)]
+pub(super) struct PolicyArgs {
+    /// How often to back up, 0s only when asked
+    #[arg(long, value_parser = super::duration, value_name = "TIME")]
+    every: Option<Duration>,
+    /// The best consistency that is tried for
+    #[arg(long, value_enum, value_name = "LEVEL")]
+    consistency: Option<Level>,
+    /// The least that is accepted: anything less is a failure
+    #[arg(long, value_enum, value_name = "LEVEL")]
+    minimum: Option<Level>,
+    /// A running VM may be saved for a moment (usually under a minute) where nothing better works
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    allow_offline: Option<bool>,
+    /// Do not bring guests to rest: crash consistency only
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    no_quiesce: Option<bool>,
+    /// Let writers in guests truncate their logs; breaks log backups made inside the guest
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    truncate_logs: Option<bool>,
+    /// Fail when a disk cannot be captured, instead of leaving it out with a warning
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    require_all_disks: Option<bool>,
+    /// Read everything each time instead of asking the hypervisor what changed
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    no_change_tracking: Option<bool>,
+}
+
+/// Consistency levels that can be asked for.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Level {
+    Application,
+    FileSystem,
+    SavedState,
+    Crash,
+}
+
+impl Level {
+    fn wire(self) -> i32 {
+        match self {
+            Self::Application => rpc::Consistency::Application,
+            Self::FileSystem => rpc::Consistency::FileSystem,
+            Self::SavedState => rpc::Consistency::SavedState,
+            Self::Crash => rpc::Consistency::Crash,
+        }
+        .into()
+    }
+}
+
+impl PolicyArgs {
+    /// `policy` with what was named on the command line.
+    fn apply(self, policy: &mut rpc::Policy) {
+        if let Some(every) = self.every {
+            policy.every_ms = u64::try_from(every.as_millis()).unwrap_or(u64::MAX);
+        }
+        if let Some(level) = self.consistency {
+            policy.wanted = level.wire();
+        }
+        if let Some(level) = self.minimum {
+            policy.minimum = level.wire();
+        }
+        let set = |field: &mut bool, wish: Option<bool>| *field = wish.unwrap_or(*field);
+        set(&mut policy.allow_offline, self.allow_offline);
+        set(&mut policy.no_quiesce, self.no_quiesce);
+        set(&mut policy.truncate_logs, self.truncate_logs);
+        set(&mut policy.require_all_disks, self.require_all_disks);
+        set(&mut policy.no_change_tracking, self.no_change_tracking);
+    }
+}
+
 pub(super) async fn run(command: Command, json: bool) -> Done {
     match command {
-        Command::Create { name, vms, patterns, every, connection } => {
+        Command::Create { name, vms, patterns, policy: wanted, connection } => {
             if vms.is_empty() && patterns.is_empty() {
                 return Err(Failure::usage(format!("the group {name:?} would protect nothing"))
                     .hint("Name its VMs with --vm, or a pattern with --match '*'."));
             }
-            let policy = rpc::Policy {
-                every_ms: every.map_or(0, |e| u64::try_from(e.as_millis()).unwrap_or(u64::MAX)),
-                ..Default::default()
-            };
+            let mut policy = rpc::Policy::default();
+            wanted.apply(&mut policy);
             let request = rpc::CreateGroupRequest {
                 name,
                 vms,
@@ -57,6 +134,26 @@ pub(super) async fn run(command: Command, json: bool) -> Done {
             } else {
                 println!("{}  {}", group.group_id, group.name);
                 eprintln!("made; run it now with `outrider backup run --group {:?}`", group.name);
+            }
+        }
+        Command::Edit { group, policy: wanted, connection } => {
+            let operator = connection.open()?;
+            let found = operator.groups().await?;
+            let named = found.into_iter().find(|g| g.name == group || g.group_id == group);
+            let Some(named) = named else {
+                return Err(Failure::refused(format!("no protection group {group:?} is known"))
+                    .hint("List the groups with `outrider group list`."));
+            };
+            let mut policy = named.policy.unwrap_or_default();
+            wanted.apply(&mut policy);
+            let request =
+                rpc::EditGroupRequest { group: named.group_id.clone(), policy: Some(policy) };
+            let group = operator.edit_group(request).await?;
+            if json {
+                output::json(&json!({ "ok": true, "group": view::group(&group) }));
+            } else {
+                println!("{}  {}", group.group_id, group.name);
+                eprintln!("changed; it holds for runs that begin from now on");
             }
         }
         Command::List(connection) => {

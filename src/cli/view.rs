@@ -121,6 +121,8 @@ pub(crate) fn group(g: &rpc::Group) -> Value {
         json!({
             "every_ms": p.every_ms, "wanted": consistency(p.wanted()), "minimum": consistency(p.minimum()),
             "chunk_size": p.chunk_size, "require_all_disks": p.require_all_disks,
+            "allow_offline": p.allow_offline, "no_quiesce": p.no_quiesce, "truncate_logs": p.truncate_logs,
+            "no_change_tracking": p.no_change_tracking,
         })
     });
     json!({

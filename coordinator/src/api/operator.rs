@@ -10,7 +10,7 @@ use outrider_process::identity::{PeerName, Role};
 use outrider_process::tasks::TaskSpawner;
 use outrider_proto::error_code::{self, ErrorCode};
 use outrider_proto::ids::{GroupId, JobId, VmKey};
-use outrider_proto::model::parse;
+use outrider_proto::model::{parse, required};
 use outrider_proto::rpc;
 use outrider_proto::rpc::operator_server::{Operator, OperatorServer};
 use outrider_proto::status::status;
@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status};
 
 use super::{peer, wire};
 use crate::leader::{Leader, backup, new_job, operator_ticket, wire_layout};
+use crate::state::facts::Consistency;
 use crate::state::groups::{NewGroup, Policy};
 use crate::state::jobs::{NewJob, Restore, Work};
 use crate::state::points::Point;
@@ -154,6 +155,20 @@ impl Operator for OperatorService {
             created_ms: self.leader.member().clock().unix_millis(),
         };
         self.propose(Change::CreateGroup(Box::new(group))).await?;
+        self.read(|state| view::group(state, id))
+            .map(Response::new)
+            .ok_or_else(|| named(NameError::UnknownGroup(id.to_string())))
+    }
+
+    async fn edit_group(
+        &self,
+        request: Request<rpc::EditGroupRequest>,
+    ) -> Result<Response<rpc::Group>, Status> {
+        self.enter(&request).await?;
+        let r = request.into_inner();
+        let id = self.read(|state| names::group(state, &r.group)).map_err(named)?;
+        let policy = policy(required("EditGroupRequest", "policy", r.policy)?)?;
+        self.propose(Change::EditGroup { group: id, policy: Box::new(policy) }).await?;
         self.read(|state| view::group(state, id))
             .map(Response::new)
             .ok_or_else(|| named(NameError::UnknownGroup(id.to_string())))
@@ -353,13 +368,30 @@ fn policy(p: rpc::Policy) -> Result<Policy, Status> {
             "chunk size {chunk_size} is not a power of two from 64 KiB to 4 MiB"
         )));
     }
-    Ok(Policy {
+    let policy = Policy {
         every_ms: p.every_ms,
         wanted: wire::to_consistency(p.wanted()).unwrap_or(default.wanted),
         minimum: wire::to_consistency(p.minimum()).unwrap_or(default.minimum),
         chunk_size,
         require_all_disks: p.require_all_disks,
-    })
+        allow_offline: p.allow_offline,
+        no_quiesce: p.no_quiesce,
+        truncate_logs: p.truncate_logs,
+        no_change_tracking: p.no_change_tracking,
+    };
+    let needs_guest = matches!(policy.minimum, Consistency::Application | Consistency::FileSystem);
+    if policy.no_quiesce && needs_guest {
+        return Err(Status::invalid_argument(
+            "guests that are not brought to rest give no application or file-system consistency: leave out --no-quiesce, \
+             or accept crash consistency as the minimum",
+        ));
+    }
+    if policy.minimum == Consistency::Off {
+        return Err(Status::invalid_argument(
+            "\"off\" is what a VM that is off gives, no minimum: choose application, file-system, saved-state or crash",
+        ));
+    }
+    Ok(policy)
 }
 
 /// Why a VM cannot be backed up whatever happens next; silence of its host is for the job to wait out.

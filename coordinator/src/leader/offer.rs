@@ -86,6 +86,10 @@ fn work(work: &Work, policy: &Policy) -> WireWork {
             point_id: point.to_string(),
             read_bytes: READ_BYTES,
             require_all_disks: policy.require_all_disks,
+            allow_offline: policy.allow_offline,
+            no_quiesce: policy.no_quiesce,
+            truncate_logs: policy.truncate_logs,
+            no_change_tracking: policy.no_change_tracking,
         }),
         Work::Restore(r) => WireWork::Restore(rpc::RestoreWork {
             point_id: r.point.to_string(),

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::domains::Keys;
 use super::duties::{DutyStep, NewDuty};
-use super::groups::NewGroup;
+use super::groups::{NewGroup, Policy};
 use super::hosts::Attached;
 use super::jobs::{NewJob, Report};
 use super::layout::NewLayout;
@@ -54,6 +54,8 @@ pub(crate) enum Change {
     TrackingUnproven { vm: VmKey },
     /// New protection group.
     CreateGroup(Box<NewGroup>),
+    /// Another policy for a group.
+    EditGroup { group: GroupId, policy: Box<Policy> },
     /// A scheduled run of a group.
     RunGroup { group: GroupId, jobs: Vec<NewJob>, skipped: u64, next_run_ms: u64 },
     /// One job.

@@ -36,6 +36,18 @@ pub(crate) struct Policy {
     /// 0: the domain's.
     pub(crate) chunk_size: u32,
     pub(crate) require_all_disks: bool,
+    /// A running VM may be saved for a moment where nothing better works.
+    #[serde(default)]
+    pub(crate) allow_offline: bool,
+    /// Guests are not brought to rest.
+    #[serde(default)]
+    pub(crate) no_quiesce: bool,
+    /// Writers in guests may truncate their logs.
+    #[serde(default)]
+    pub(crate) truncate_logs: bool,
+    /// Everything is read each time.
+    #[serde(default)]
+    pub(crate) no_change_tracking: bool,
 }
 
 impl Default for Policy {
@@ -47,6 +59,10 @@ impl Default for Policy {
             minimum: Consistency::Crash,
             chunk_size: 0,
             require_all_disks: true,
+            allow_offline: false,
+            no_quiesce: false,
+            truncate_logs: false,
+            no_change_tracking: false,
         }
     }
 }
@@ -118,6 +134,18 @@ impl State {
         };
         self.groups.insert(new.id, group);
         Outcome::Group(new.id)
+    }
+
+    /// The schedule goes on from the last run: another interval changes when the next one comes.
+    pub(super) fn edit_group(&mut self, id: GroupId, policy: Policy, now: u64) -> Outcome {
+        let Some(group) = self.groups.get_mut(&id) else {
+            return Refusal::UnknownGroup(id).into();
+        };
+        if policy.every_ms != group.policy.every_ms {
+            group.next_run_ms = (policy.every_ms > 0).then(|| now.saturating_add(policy.every_ms));
+        }
+        group.policy = policy;
+        Outcome::Group(id)
     }
 
     pub(super) fn run_group(

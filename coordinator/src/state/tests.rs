@@ -629,6 +629,32 @@ fn a_vm_is_named_by_one_group_only_and_patterns_come_second() {
 }
 
 #[test]
+fn an_edited_policy_holds_from_then_on_and_an_old_one_reads_with_everything_new_switched_off() {
+    let mut w = World::new();
+    let vm = w.vm(1, "hv1");
+    let id = GroupId::random();
+    let new = NewGroup {
+        id,
+        name: "g".into(),
+        vms: [vm].into(),
+        patterns: vec![],
+        policy: Policy::default(),
+        created_ms: 1,
+    };
+    w.apply(Change::CreateGroup(Box::new(new)));
+    let policy = Policy { every_ms: 1000, allow_offline: true, ..Policy::default() };
+    let edited = w.apply(Change::EditGroup { group: id, policy: Box::new(policy.clone()) });
+    assert_eq!(edited, Outcome::Group(id));
+    assert_eq!(w.state.groups[&id].policy, policy);
+    assert!(w.state.groups[&id].next_run_ms.is_some_and(|at| at > 1000), "it is scheduled now");
+    let unknown = Change::EditGroup { group: GroupId::random(), policy: Box::new(policy) };
+    assert!(matches!(w.apply(unknown), Outcome::Refused(Refusal::UnknownGroup(_))));
+    let old = r#"{"every_ms":0,"wanted":"Application","minimum":"Crash","chunk_size":0,"require_all_disks":true}"#;
+    let read: Policy = serde_json::from_str(old).expect("a policy of the past");
+    assert_eq!(read, Policy::default());
+}
+
+#[test]
 fn name_patterns_match_as_people_expect() {
     let table = [
         ("*", "", true),

@@ -103,6 +103,10 @@ fn policy(policy: &Policy) -> rpc::Policy {
         minimum: wire::consistency(policy.minimum).into(),
         chunk_size: policy.chunk_size,
         require_all_disks: policy.require_all_disks,
+        allow_offline: policy.allow_offline,
+        no_quiesce: policy.no_quiesce,
+        truncate_logs: policy.truncate_logs,
+        no_change_tracking: policy.no_change_tracking,
     }
 }
 
