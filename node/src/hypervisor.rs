@@ -10,14 +10,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use outrider_disk::RangeSet;
+use outrider_disk::{DiskError, RangeSet};
 use outrider_proto::ids::{CheckpointId, DiskId, VmGuid};
+use outrider_proto::manifest::DiskManifest;
 use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
 pub use error::{HypervisorError, Retry};
 
 use crate::lease::Lease;
+use crate::restore::{NewDisk, new_vhdx};
+use crate::source::{FrozenSource, open_chain};
 
 /// What a VM is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -241,6 +244,37 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// How source files of this host are opened.
     fn files(&self) -> Arc<dyn HostFiles>;
+
+    /// Opens a disk of a checkpoint ([`FrozenDisk::path`]) for reading. Blocks.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn open_disk(&self, path: &Path) -> Result<Box<dyn FrozenSource>, DiskError> {
+        open_chain(&self.files(), path)
+    }
+
+    /// Makes the empty disk that a restore fills. Blocks.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn create_disk(
+        &self,
+        path: &Path,
+        disk: &DiskManifest,
+        keep_disk_id: bool,
+    ) -> Result<Box<dyn NewDisk>, DiskError> {
+        new_vhdx(path, disk, keep_disk_id)
+    }
+
+    /// Extension of the file that a restore writes a disk to.
+    fn disk_extension(&self, _disk: &DiskManifest) -> &'static str {
+        "vhdx"
+    }
+
+    /// Whether a configuration file of a recovery point is the one that [`Hypervisor::define_vm`] wants.
+    fn is_definition(&self, file: &Path) -> bool {
+        file.extension().is_some_and(|e| e.eq_ignore_ascii_case("vmcx"))
+    }
 
     /// Everything.
     async fn inventory(&self) -> Result<Inventory, HypervisorError>;

@@ -17,7 +17,7 @@ use outrider_proto::model::parse;
 use outrider_proto::rpc;
 use outrider_proto::seal::Sealer;
 
-pub use disk::RestoreError;
+pub use disk::{NewDisk, RestoreError, new_vhdx};
 
 use crate::hypervisor::NewVm;
 use crate::job::{JobContext, JobError, Outcome};
@@ -63,7 +63,7 @@ pub async fn export_disks(
     let mut written = Vec::new();
     for (index, disk) in manifest.disks.iter().enumerate() {
         let path = dir.join(safe_name(&disk.file_name, &format!("disk{index}.vhdx")));
-        match disk::write(reader, disk, manifest.chunk_size, &path, true).await {
+        match export_disk(reader, disk, manifest.chunk_size, &path).await {
             Ok(_) => written.push(path),
             Err(e) => {
                 for path in &written {
@@ -87,7 +87,8 @@ pub async fn export_disk(
     chunk_size: u32,
     path: &Path,
 ) -> Result<u64, RestoreError> {
-    disk::write(reader, disk, chunk_size, path, true).await
+    let (file, like) = (path.to_owned(), disk.clone());
+    disk::write(reader, disk, chunk_size, path, move || new_vhdx(&file, &like, true)).await
 }
 
 /// The file name without any folder that a manifest might hold.
@@ -182,8 +183,14 @@ async fn write_and_define(
     let mut disks = Vec::with_capacity(manifest.disks.len());
     for (index, disk) in manifest.disks.iter().enumerate() {
         context.lease.check()?;
-        let path = disks_dir.join(target.disk_name(disk, index));
-        let written = disk::write(reader, disk, manifest.chunk_size, &path, work.keep_guid).await?;
+        let extension = context.hypervisor.disk_extension(disk);
+        let path = disks_dir.join(target.disk_name(disk, index, extension));
+        let create = {
+            let (hypervisor, file, like) = (context.hypervisor.clone(), path.clone(), disk.clone());
+            let keep_disk_id = work.keep_guid;
+            move || hypervisor.create_disk(&file, &like, keep_disk_id)
+        };
+        let written = disk::write(reader, disk, manifest.chunk_size, &path, create).await?;
         context.metrics.restored_bytes.inc_by(written);
         disks.push((disk.slot.clone(), path));
     }
@@ -193,13 +200,13 @@ async fn write_and_define(
         let path = definition_dir.join(safe_name(&file.name, "configuration"));
         let bytes = config_bytes(reader, file).await?;
         std::fs::write(&path, bytes).map_err(JobError::file("write", &path))?;
-        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("vmcx")) {
+        if context.hypervisor.is_definition(&path) {
             definition = Some(path);
         }
     }
     let definition = definition.ok_or_else(|| {
         JobError::Unrestorable(format!(
-            "recovery point {} holds no VM definition (.vmcx); restore its disks alone",
+            "recovery point {} holds no VM definition of this hypervisor; restore its disks alone",
             manifest.point
         ))
     })?;

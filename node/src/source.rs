@@ -14,39 +14,63 @@ use outrider_wmi::files::{HostFile, HostFiles};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use crate::hypervisor::Hypervisor;
+
+/// A disk of a checkpoint, open for reading.
+pub trait FrozenSource: ReadDisk {
+    /// The files that it is made of, leaf first; the last one names the disk.
+    fn files(&self) -> Vec<PathBuf>;
+}
+
+impl FrozenSource for DiskChain {
+    fn files(&self) -> Vec<PathBuf> {
+        DiskChain::files(self)
+    }
+}
+
+/// Opens a disk with its parents through the files of a host. Blocks.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn open_chain(
+    files: &Arc<dyn HostFiles>,
+    leaf: &Path,
+) -> Result<Box<dyn FrozenSource>, DiskError> {
+    let chain = DiskChain::open_with(leaf, &|path: &Path| {
+        let file = files.open_read(path)?;
+        Ok(Arc::new(HostSource { path: path.to_owned(), file }) as Arc<dyn ByteSource>)
+    })?;
+    Ok(Box::new(chain))
+}
+
 /// Opens disks for one job and knows when all are closed.
 #[derive(Clone)]
 pub struct Sources {
-    files: Arc<dyn HostFiles>,
+    hypervisor: Arc<dyn Hypervisor>,
     open: TaskTracker,
 }
 
 /// An open source disk. Dropping the last clone closes its files.
 pub struct SourceDisk {
-    chain: DiskChain,
-    // After `chain`, so that the files are closed when it is dropped.
+    disk: Box<dyn FrozenSource>,
+    // After `disk`, so that its files are closed when it is dropped.
     _open: TaskTrackerToken,
 }
 
 impl Sources {
     /// No disk is open.
     #[must_use]
-    pub fn new(files: Arc<dyn HostFiles>) -> Self {
-        Self { files, open: TaskTracker::new() }
+    pub fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
+        Self { hypervisor, open: TaskTracker::new() }
     }
 
-    /// Opens a disk with its parents. Blocks.
+    /// Opens a disk of a checkpoint, in its hypervisor's way. Blocks.
     ///
     /// # Errors
     /// [`DiskError`].
     pub fn open(&self, leaf: &Path) -> Result<SourceDisk, DiskError> {
         let open = self.open.token();
-        let files = self.files.clone();
-        let chain = DiskChain::open_with(leaf, &|path: &Path| {
-            let file = files.open_read(path)?;
-            Ok(Arc::new(HostSource { path: path.to_owned(), file }) as Arc<dyn ByteSource>)
-        })?;
-        Ok(SourceDisk { chain, _open: open })
+        Ok(SourceDisk { disk: self.hypervisor.open_disk(leaf)?, _open: open })
     }
 
     /// Reads a whole small file (configuration). Blocks.
@@ -55,7 +79,7 @@ impl Sources {
     /// I/O errors; [`io::ErrorKind::FileTooLarge`] beyond `limit` bytes.
     pub fn read_file(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         let _open = self.open.token();
-        let file = self.files.open_read(path)?;
+        let file = self.hypervisor.files().open_read(path)?;
         let length = file.len()?;
         if length > limit {
             return Err(io::Error::new(
@@ -80,13 +104,13 @@ impl Sources {
 
 impl ReadDisk for SourceDisk {
     fn info(&self) -> &DiskInfo {
-        self.chain.info()
+        self.disk.info()
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        self.chain.read_at(offset, buf)
+        self.disk.read_at(offset, buf)
     }
     fn allocated(&self) -> Result<RangeSet, DiskError> {
-        self.chain.allocated()
+        self.disk.allocated()
     }
 }
 
@@ -94,7 +118,7 @@ impl SourceDisk {
     /// The files of the chain, leaf first.
     #[must_use]
     pub fn files(&self) -> Vec<PathBuf> {
-        self.chain.files()
+        self.disk.files()
     }
 }
 

@@ -153,7 +153,7 @@ impl World {
         lease.renew(clock.monotonic());
         self.coordinator.with(|d| d.lease_epoch = epoch);
         let progress = watch::Sender::new(Progress::default());
-        let sources = Sources::new(hypervisor.files());
+        let sources = Sources::new(hypervisor.clone());
         let context = JobContext {
             hypervisor,
             coordinator: Arc::new(self.coordinator.clone()),
@@ -445,7 +445,7 @@ async fn a_restore_under_another_name_defines_and_starts_a_vm_with_the_exact_dis
         clock.clone(),
     );
     lease.renew(clock.monotonic());
-    let sources = Sources::new(hypervisor.files());
+    let sources = Sources::new(hypervisor.clone());
     let context = JobContext {
         hypervisor: hypervisor.clone(),
         coordinator: Arc::new(world.coordinator.clone()),

@@ -81,17 +81,41 @@ pub(super) async fn open_chunk(reader: &Reader, id: ChunkId) -> Result<Vec<u8>, 
     Ok(reader.pool.run(move || sealer.open(&record)).await??)
 }
 
-/// Writes a disk as a new file; removed again when it fails. Gives the bytes written.
-pub(super) async fn write(
-    reader: &Reader,
-    disk: &DiskManifest,
-    chunk_size: u32,
+/// A disk that a restore fills, at rising offsets; what is not written reads as zeros.
+pub trait NewDisk: Send {
+    /// Writes bytes.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError>;
+
+    /// Makes everything durable and closes the file.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn finish(self: Box<Self>) -> Result<(), DiskError>;
+}
+
+impl NewDisk for VhdxWriter {
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        VhdxWriter::write_at(self, offset, bytes)
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<(), DiskError> {
+        self.flush()?;
+        self.close()
+    }
+}
+
+/// A new VHDX of a disk's size, block size and sectors.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn new_vhdx(
     path: &Path,
+    disk: &DiskManifest,
     keep_disk_id: bool,
-) -> Result<u64, RestoreError> {
-    let [layer] = disk.layers.as_slice() else {
-        return Err(RestoreError::Layers { slot: disk.slot.clone(), layers: disk.layers.len() });
-    };
+) -> Result<Box<dyn NewDisk>, DiskError> {
     let options = CreateOptions {
         size: disk.size,
         block_size: disk.block_size,
@@ -100,10 +124,21 @@ pub(super) async fn write(
         kind: if disk.fixed { DiskKind::Fixed } else { DiskKind::Dynamic },
         disk_id: keep_disk_id.then_some(disk.disk_id.0),
     };
-    let created = {
-        let path = path.to_owned();
-        reader.pool.run(move || VhdxWriter::create(path, &options)).await??
+    Ok(Box::new(VhdxWriter::create(path, &options)?))
+}
+
+/// Writes a disk as the new file that `create` makes; removed again when it fails. Gives the bytes written.
+pub(super) async fn write(
+    reader: &Reader,
+    disk: &DiskManifest,
+    chunk_size: u32,
+    path: &Path,
+    create: impl FnOnce() -> Result<Box<dyn NewDisk>, DiskError> + Send + 'static,
+) -> Result<u64, RestoreError> {
+    let [layer] = disk.layers.as_slice() else {
+        return Err(RestoreError::Layers { slot: disk.slot.clone(), layers: disk.layers.len() });
     };
+    let created = reader.pool.run(create).await??;
     let guard = HalfWritten { path: path.to_owned(), whole: false };
     let (sender, receiver) = mpsc::channel::<(u64, Vec<u8>)>(WAITING);
     // Not on the pool: it waits for chunks that the pool decrypts.
@@ -120,7 +155,7 @@ pub(super) async fn write(
 }
 
 fn write_all(
-    mut writer: VhdxWriter,
+    mut writer: Box<dyn NewDisk>,
     mut chunks: mpsc::Receiver<(u64, Vec<u8>)>,
 ) -> Result<u64, DiskError> {
     let mut written = 0;
@@ -128,8 +163,7 @@ fn write_all(
         writer.write_at(offset, &bytes)?;
         written += bytes.len() as u64;
     }
-    writer.flush()?;
-    writer.close()?;
+    writer.finish()?;
     Ok(written)
 }
 

@@ -100,13 +100,16 @@ fn has_content(folder: &Path) -> bool {
 
 impl Target {
     /// A file name for a disk, unique within the VM.
-    pub(super) fn disk_name(&self, disk: &DiskManifest, index: usize) -> String {
-        let name = super::safe_name(&disk.file_name, "disk.vhdx");
+    pub(super) fn disk_name(&self, disk: &DiskManifest, index: usize, extension: &str) -> String {
+        let name = super::safe_name(&disk.file_name, "disk");
         let stem = Path::new(&name)
             .file_stem()
             .map(|s| s.to_string_lossy().into_owned())
             .unwrap_or_default();
-        if index == 0 { format!("{stem}.vhdx") } else { format!("{stem}-{index}.vhdx") }
+        match index {
+            0 => format!("{stem}.{extension}"),
+            _ => format!("{stem}-{index}.{extension}"),
+        }
     }
 
     /// After a failure: removes the folder, which nobody else had before.
