@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod hyperv;
+mod new_vm;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,11 +13,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use outrider_disk::{DiskError, RangeSet};
 use outrider_proto::ids::{CheckpointId, DiskId, VmGuid};
-use outrider_proto::manifest::DiskManifest;
+use outrider_proto::manifest::{DiskManifest, Machine};
 use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
 pub use error::{HypervisorError, Retry};
+pub use new_vm::{Defined, HostFacts, Networks, NewVm, SetAside};
 
 use crate::lease::Lease;
 use crate::restore::{NewDisk, new_vhdx};
@@ -219,23 +221,6 @@ impl ReferencePoint {
     }
 }
 
-/// A VM that is to be made from restored files.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NewVm {
-    /// Definition file (.vmcx).
-    pub definition: PathBuf,
-    /// Folder that everything of the VM lies in.
-    pub folder: PathBuf,
-    /// Display name.
-    pub name: String,
-    /// Keep the GUID of the definition.
-    pub keep_guid: bool,
-    /// Disk files by slot.
-    pub disks: Vec<(String, PathBuf)>,
-    /// Make it highly available.
-    pub clustered: bool,
-}
-
 /// A hypervisor of this host.
 #[async_trait]
 pub trait Hypervisor: Send + Sync + 'static {
@@ -309,6 +294,11 @@ pub trait Hypervisor: Send + Sync + 'static {
         checkpoint: &Checkpoint,
     ) -> Result<Vec<PathBuf>, HypervisorError>;
 
+    /// What the VM was at a checkpoint besides its disks. An empty answer is allowed: restores then plan with less.
+    async fn machine(&self, _checkpoint: &Checkpoint) -> Result<Machine, HypervisorError> {
+        Ok(Machine::default())
+    }
+
     /// What changed on a disk since the point in time that the tracking id stands for.
     ///
     /// # Errors
@@ -350,9 +340,37 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Folders that VMs may be restored to, with the free bytes of each.
     async fn storage_roots(&self) -> Result<Vec<(PathBuf, u64)>, HypervisorError>;
 
-    /// Defines a VM from restored files: planned VM, paths fixed, validated, realized, clustered. Whatever fails, no
-    /// planned VM stays behind.
-    async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<VmGuid, HypervisorError>;
+    /// What a restore has to know of this host before it writes. An empty answer is allowed: nothing is refused for it.
+    async fn host_facts(&self) -> Result<HostFacts, HypervisorError> {
+        Ok(HostFacts::default())
+    }
+
+    /// The host that runs a VM of this GUID, as the cluster knows; `None` when no host of the cluster does.
+    async fn owner_of(&self, _vm: VmGuid) -> Result<Option<String>, HypervisorError> {
+        Ok(None)
+    }
+
+    /// Does everything that [`Hypervisor::define_vm`] does short of making the VM real, under another GUID, and undoes
+    /// it: what a VM that is about to be replaced must not be removed for.
+    async fn rehearse_vm(&self, _lease: &Lease, _new: &NewVm) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    /// Defines a VM from restored files: planned VM, paths fixed, mended, validated, realized, rights granted, clustered.
+    /// Whatever fails, no planned VM stays behind.
+    async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<Defined, HypervisorError>;
+
+    /// Removes VMs in the making whose files lie in `folder`, which an attempt that died left.
+    async fn forget_planned(&self, _lease: &Lease, _folder: &Path) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    /// Prepares a VM for being replaced: known to its cluster as stopped on purpose, off, without checkpoints and
+    /// merges. Nothing of it is lost but its saved state and its checkpoints.
+    async fn set_aside(&self, lease: &Lease, vm: VmGuid) -> Result<SetAside, HypervisorError> {
+        self.stop_vm(lease, vm).await?;
+        Ok(SetAside::default())
+    }
 
     /// Starts a VM.
     async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError>;

@@ -223,8 +223,9 @@ async fn write_and_define(
         keep_guid: work.keep_guid,
         disks,
         clustered: work.highly_available,
+        ..NewVm::default()
     };
-    let guid = context.hypervisor.define_vm(&context.lease, &new).await?;
+    let guid = context.hypervisor.define_vm(&context.lease, &new).await?.vm;
     if work.power_on {
         context.phase("starting the VM");
         context.hypervisor.start_vm(&context.lease, guid).await?;

@@ -14,7 +14,10 @@ use crate::ids::{
     WriterId,
 };
 use crate::journal::{JournalClear, JournalDisk, JournalEntry, JournalStart};
-use crate::manifest::{ConfigFile, DiskManifest, Layer, Manifest};
+use crate::manifest::{
+    ClusterGroup, ConfigFile, DiskManifest, FrozenLayer, Guardian, Image, Layer, Machine, Manifest,
+    Nic, SavedCheckpoint, Security, Switch, Tree,
+};
 use crate::page::Links;
 use crate::receipt::{NamedReceipt, PgReceipt, Receipt};
 use crate::record::{Kind, Record};
@@ -86,7 +89,72 @@ fn manifest() -> Manifest {
             layers: vec![Layer { root_level: 2, root: ChunkId([8; 32]) }],
             excluded: vec![(4096, 8192)],
         }],
+        machine: Machine::default(),
+        tree: Tree::default(),
     }
+}
+
+/// A manifest with everything that version 2 added.
+fn manifest_with_sections() -> Manifest {
+    let mut manifest = manifest();
+    let checkpoint = CheckpointId::from_bytes([9; 16]);
+    manifest.machine = Machine {
+        host: "hv1".into(),
+        version: "10.0".into(),
+        generation: 2,
+        saved_state: true,
+        nics: vec![Nic {
+            slot: "nic".into(),
+            name: "Network Adapter".into(),
+            mac: "00155D012345".into(),
+            static_mac: true,
+            switch: Some(Switch { id: "id".into(), name: "LAN".into() }),
+        }],
+        images: vec![Image { slot: "0/1".into(), path: "C:\\iso\\setup.iso".into() }],
+        security: Some(Security {
+            tpm: true,
+            shielded: false,
+            key_protector: vec![1, 2, 3],
+            guardians: vec![Guardian {
+                name: "UntrustedGuardian".into(),
+                signing: "AA".into(),
+                encryption: "BB".into(),
+                private_keys: true,
+            }],
+        }),
+        group: Some(ClusterGroup {
+            name: "db".into(),
+            priority: 3000,
+            failover_threshold: 1,
+            failover_period: 6,
+            auto_failback: 1,
+            failback_start: Some(1),
+            failback_end: None,
+            persistent: true,
+            anti_affinity: vec!["db".into()],
+            preferred_owners: vec!["hv1".into(), "hv2".into()],
+        }),
+    };
+    manifest.tree = Tree {
+        checkpoints: vec![SavedCheckpoint {
+            id: checkpoint,
+            parent: None,
+            name: "before the upgrade".into(),
+            config: vec![ConfigFile {
+                name: "cp.vmcx".into(),
+                size: 9,
+                chunks: vec![ChunkId([10; 32])],
+            }],
+        }],
+        current: Some(checkpoint),
+        layers: vec![vec![FrozenLayer {
+            checkpoint,
+            file_name: "os.vhdx".into(),
+            written: vec![uuid::Uuid::from_bytes([11; 16])],
+        }]],
+    };
+    manifest.disks[0].layers.insert(0, Layer { root_level: 2, root: ChunkId([12; 32]) });
+    manifest
 }
 
 fn journal() -> (JournalClear, JournalEntry) {
@@ -143,6 +211,41 @@ fn golden_records_open_to_the_same_bytes_for_ever() {
         JournalEntry::open(&sealer, &open(3)).expect("opens"),
         (journal_clear, journal_entry)
     );
+}
+
+#[test]
+fn golden_manifests_of_version_2_open_to_the_same_bytes_for_ever() {
+    let sealer = sealer();
+    let samples: Vec<(String, Vec<u8>)> =
+        [("manifest-plain", manifest()), ("manifest-sections", manifest_with_sections())]
+            .map(|(name, manifest)| {
+                let sealed = manifest.seal(&sealer).expect("seals");
+                let body = sealer.open(&sealed).expect("opens");
+                assert_eq!(Manifest::open(&sealer, &sealed).expect("opens"), manifest);
+                (name.to_owned(), body)
+            })
+            .to_vec();
+    compare("manifests-v2.txt", &samples);
+}
+
+#[test]
+fn sections_of_a_later_release_are_skipped_and_a_tree_that_does_not_fit_is_refused() {
+    let sealer = sealer();
+    let seal = |manifest: &Manifest, sections: &[(u16, Vec<u8>)]| {
+        let clear = manifest.links().encode();
+        let mut body = 2u16.to_le_bytes().to_vec();
+        body.extend(postcard::to_stdvec(manifest).expect("encodes"));
+        body.extend(postcard::to_stdvec(sections).expect("encodes"));
+        let id = sealer.id_of(Kind::Page, &clear, &body);
+        sealer.seal(Kind::Page, id, &clear, &body).expect("seals")
+    };
+    let plain = manifest();
+    let later = seal(&plain, &[(999, vec![1, 2, 3])]);
+    assert_eq!(Manifest::open(&sealer, &later).expect("opens"), plain);
+    let mut odd = manifest_with_sections();
+    odd.tree.layers[0].clear();
+    let tree = postcard::to_stdvec(&odd.tree).expect("encodes");
+    Manifest::open(&sealer, &seal(&odd, &[(2, tree)])).expect_err("a layer too many");
 }
 
 #[test]

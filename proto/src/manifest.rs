@@ -1,7 +1,14 @@
 //! Manifests: the description of a recovery point.
 //!
 //! A record of kind page whose clear bytes are [`Links::Manifest`] (so that trees can be walked without a key) and whose
-//! sealed bytes are a version (16 bits) and the [`Manifest`] in postcard encoding (docs/formats.md lists the fields).
+//! sealed bytes are a version (16 bits), the [`Manifest`] in postcard encoding and, from version 2 on, sections by number,
+//! of which a reader skips those that it does not know (docs/formats.md lists them).
+
+mod machine;
+mod tree;
+
+pub use machine::{ClusterGroup, Guardian, Image, Machine, Nic, Security, Switch};
+pub use tree::{FrozenLayer, SavedCheckpoint, Tree};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,8 +18,15 @@ use crate::record::{Kind, Record};
 use crate::seal::{SealError, Sealer};
 use crate::wire::{DecodeError, Put, Reader};
 
-/// Version of the sealed body.
-pub const MANIFEST_VERSION: u16 = 1;
+/// Version of the sealed body that is written.
+pub const MANIFEST_VERSION: u16 = 2;
+/// The version without sections.
+const FIRST_VERSION: u16 = 1;
+/// Sections that a manifest may have.
+const MAX_SECTIONS: usize = 64;
+/// Numbers of the sections.
+const SECTION_MACHINE: u16 = 1;
+const SECTION_TREE: u16 = 2;
 
 /// What a recovery point is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +57,12 @@ pub struct Manifest {
     pub config: Vec<ConfigFile>,
     /// The disks, in slot order.
     pub disks: Vec<DiskManifest>,
+    /// What the VM was besides its disks (section 1).
+    #[serde(skip)]
+    pub machine: Machine,
+    /// The checkpoints that an administrator had made (section 2).
+    #[serde(skip)]
+    pub tree: Tree,
 }
 
 /// A file of the VM's configuration (`.vmcx`, `.vmrs`, `.vmgs`), kept as chunks.
@@ -75,7 +95,8 @@ pub struct DiskManifest {
     pub block_size: u32,
     /// Whether the image was fixed.
     pub fixed: bool,
-    /// Layers from base to leaf; a flattened disk is a chain of one.
+    /// The disk at each checkpoint of [`Manifest::tree`], ancestors first, and last the disk at the point itself. Each
+    /// layer is the whole disk at that moment: unchanged pages are shared, so that it costs what differs.
     pub layers: Vec<Layer>,
     /// Ranges that the policy left out, as (offset, length): restored as zeros, masked in comparisons.
     pub excluded: Vec<(u64, u64)>,
@@ -113,7 +134,9 @@ impl Manifest {
     /// The links that storage nodes see.
     #[must_use]
     pub fn links(&self) -> Links {
-        let config = self.config.iter().flat_map(|f| &f.chunks).map(|&id| Link { level: 0, id });
+        let of_checkpoints = self.tree.checkpoints.iter().flat_map(|c| &c.config);
+        let config = self.config.iter().chain(of_checkpoints).flat_map(|f| &f.chunks);
+        let config = config.map(|&id| Link { level: 0, id });
         let trees = self
             .disks
             .iter()
@@ -130,8 +153,11 @@ impl Manifest {
         let clear = self.links().encode();
         let mut body = Vec::new();
         body.put_u16(MANIFEST_VERSION);
-        let body = postcard::to_extend(self, body)
-            .map_err(|e| ManifestError::Body { id: ChunkId::HOLE, detail: e.to_string() })?;
+        let failed =
+            |e: postcard::Error| ManifestError::Body { id: ChunkId::HOLE, detail: e.to_string() };
+        let body = postcard::to_extend(self, body).map_err(failed)?;
+        let sections = self.sections().map_err(failed)?;
+        let body = postcard::to_extend(&sections, body).map_err(failed)?;
         let id = sealer.id_of(Kind::Page, &clear, &body);
         sealer.seal(Kind::Page, id, &clear, &body).map_err(|e| ManifestError::Seal(id, e))
     }
@@ -146,10 +172,16 @@ impl Manifest {
         let body = |detail: String| ManifestError::Body { id, detail };
         let mut r = Reader::new("manifest body", &plain);
         let version = r.u16().map_err(|e| body(e.to_string()))?;
-        if version != MANIFEST_VERSION {
-            return Err(body(format!("version {version}, this release reads 1: upgrade")));
+        if !(FIRST_VERSION..=MANIFEST_VERSION).contains(&version) {
+            return Err(body(format!(
+                "version {version}, this release reads 1 to {MANIFEST_VERSION}: upgrade"
+            )));
         }
-        let manifest: Self = postcard::from_bytes(r.rest()).map_err(|e| body(e.to_string()))?;
+        let (mut manifest, rest): (Self, &[u8]) =
+            postcard::take_from_bytes(r.rest()).map_err(|e| body(e.to_string()))?;
+        if version > FIRST_VERSION {
+            manifest.read_sections(rest).map_err(body)?;
+        }
         if !manifest.chunk_size.is_power_of_two()
             || !(64 << 10..=4 << 20).contains(&manifest.chunk_size)
         {
@@ -164,10 +196,42 @@ impl Manifest {
                 return Err(body(format!("disk {} has a tree of the wrong height", disk.slot)));
             }
         }
+        manifest.tree.check(&manifest.disks).map_err(body)?;
         let links = Links::decode(record.clear()).map_err(ManifestError::Links)?;
         if links != manifest.links() {
             return Err(body("links in clear differ from the sealed trees".into()));
         }
         Ok(manifest)
+    }
+
+    fn sections(&self) -> Result<Vec<(u16, Vec<u8>)>, postcard::Error> {
+        let mut sections = Vec::new();
+        if self.machine != Machine::default() {
+            sections.push((SECTION_MACHINE, postcard::to_stdvec(&self.machine)?));
+        }
+        if self.tree != Tree::default() {
+            sections.push((SECTION_TREE, postcard::to_stdvec(&self.tree)?));
+        }
+        Ok(sections)
+    }
+
+    fn read_sections(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let sections: Vec<(u16, Vec<u8>)> =
+            postcard::from_bytes(bytes).map_err(|e| e.to_string())?;
+        if sections.len() > MAX_SECTIONS {
+            return Err(format!("{} sections", sections.len()));
+        }
+        for (number, content) in sections {
+            let failed = |e: postcard::Error| format!("section {number}: {e}");
+            match number {
+                SECTION_MACHINE => {
+                    self.machine = postcard::from_bytes(&content).map_err(failed)?;
+                }
+                SECTION_TREE => self.tree = postcard::from_bytes(&content).map_err(failed)?,
+                // Of a later release, and nothing that this one needs.
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }

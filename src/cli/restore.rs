@@ -29,6 +29,22 @@ pub(super) struct Args {
     /// Make it a clustered role
     #[arg(long)]
     highly_available: bool,
+    /// Connect what was connected to the virtual switch OLD to the switch NEW of that host (name or
+    /// id; may be given several times)
+    #[arg(long = "switch", value_name = "OLD=NEW", value_parser = switch)]
+    switches: Vec<rpc::SwitchChoice>,
+    /// Leave the network adapters unconnected
+    #[arg(long)]
+    disconnect: bool,
+    /// Throw a saved state away that another host could not resume
+    #[arg(long)]
+    discard_saved_state: bool,
+    /// Restore the checkpoints, too; without it the VM comes back flat
+    #[arg(long)]
+    with_checkpoints: bool,
+    /// Keep the files of the VM that --overwrite replaces
+    #[arg(long, requires = "overwrite")]
+    keep_replaced: bool,
     /// Start the VM afterwards
     #[arg(long)]
     power_on: bool,
@@ -50,6 +66,16 @@ struct What {
     vm: Option<String>,
 }
 
+/// "OLD=NEW"; a name with "=" in it cannot be given, its id can.
+fn switch(text: &str) -> Result<rpc::SwitchChoice, String> {
+    match text.split_once('=') {
+        Some((from, to)) if !from.is_empty() && !to.is_empty() => {
+            Ok(rpc::SwitchChoice { from: from.to_owned(), to: to.to_owned() })
+        }
+        _ => Err("expected OLD=NEW: a switch of the VM, and one of the host".to_owned()),
+    }
+}
+
 pub(super) async fn run(args: Args, json: bool) -> Done {
     let operator = args.connection.open()?;
     let request = rpc::RestoreRequest {
@@ -62,6 +88,11 @@ pub(super) async fn run(args: Args, json: bool) -> Done {
         power_on: args.power_on,
         keep_guid: args.keep_guid,
         highly_available: args.highly_available,
+        switches: args.switches,
+        disconnect: args.disconnect,
+        discard_saved_state: args.discard_saved_state,
+        with_checkpoints: args.with_checkpoints,
+        keep_replaced: args.keep_replaced,
     };
     let started = operator.restore(request).await?;
     job::started(&operator, vec![started], args.wait, json).await

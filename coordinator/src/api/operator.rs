@@ -330,6 +330,11 @@ impl Operator for OperatorService {
                 overwrite: r.overwrite,
                 power_on: r.power_on,
                 highly_available: r.highly_available,
+                switches: r.switches.into_iter().map(|s| (s.from, s.to)).collect(),
+                disconnect: r.disconnect,
+                discard_saved_state: r.discard_saved_state,
+                with_checkpoints: r.with_checkpoints,
+                keep_replaced: r.keep_replaced,
             };
             Ok(new_job(point.vm.clone(), None, |_| Work::Restore(Box::new(restore))))
         })?;

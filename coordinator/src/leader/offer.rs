@@ -100,6 +100,15 @@ fn work(work: &Work, policy: &Policy) -> WireWork {
             overwrite: r.overwrite,
             power_on: r.power_on,
             highly_available: r.highly_available,
+            switches: r
+                .switches
+                .iter()
+                .map(|(from, to)| rpc::SwitchChoice { from: from.clone(), to: to.clone() })
+                .collect(),
+            disconnect: r.disconnect,
+            discard_saved_state: r.discard_saved_state,
+            with_checkpoints: r.with_checkpoints,
+            keep_replaced: r.keep_replaced,
         }),
         Work::Cleanup { why } => WireWork::Cleanup(rpc::CleanupWork { why: why.clone() }),
     }

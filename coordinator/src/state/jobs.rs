@@ -92,6 +92,17 @@ pub(crate) struct Restore {
     pub(crate) overwrite: bool,
     pub(crate) power_on: bool,
     pub(crate) highly_available: bool,
+    /// Switches of the point, and those of the target host that take their place.
+    #[serde(default)]
+    pub(crate) switches: Vec<(String, String)>,
+    #[serde(default)]
+    pub(crate) disconnect: bool,
+    #[serde(default)]
+    pub(crate) discard_saved_state: bool,
+    #[serde(default)]
+    pub(crate) with_checkpoints: bool,
+    #[serde(default)]
+    pub(crate) keep_replaced: bool,
 }
 
 /// Where a job is in its life.

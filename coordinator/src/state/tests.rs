@@ -385,6 +385,11 @@ fn an_incarnation_raised_by_another_job_supersedes_the_commit() {
         overwrite: false,
         power_on: false,
         highly_available: false,
+        switches: vec![],
+        disconnect: false,
+        discard_saved_state: false,
+        with_checkpoints: false,
+        keep_replaced: false,
     };
     let restore = w.create(&key(1), Work::Restore(Box::new(restore))).expect("beside the backup");
     let Outcome::Leased(re) = w.lease(restore, "hv2") else { panic!("not leased") };

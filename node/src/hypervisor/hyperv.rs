@@ -30,8 +30,8 @@ use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
 use super::{
-    Change, Checkpoint, CheckpointRequest, FrozenDisk, Hypervisor, HypervisorError, Inventory,
-    NewVm, ReferencePoint, VmState,
+    Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk, Hypervisor, HypervisorError,
+    Inventory, NewVm, ReferencePoint, VmState,
 };
 use crate::config::JobTimes;
 use crate::lease::Lease;
@@ -146,7 +146,7 @@ impl Hypervisor for HyperV {
         self.shared_volumes().await
     }
 
-    async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<VmGuid, HypervisorError> {
+    async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<Defined, HypervisorError> {
         self.import_vm(lease, new).await
     }
 

@@ -172,7 +172,7 @@ fn decide(
 mod tests {
     use super::*;
     use outrider_proto::ids::{CheckpointId, JobId, PointId, VmGuid, VmKey, VmRole};
-    use outrider_proto::manifest::{DiskManifest, Layer};
+    use outrider_proto::manifest::{DiskManifest, Layer, Machine, Tree};
     use outrider_proto::model::BoundDisk;
 
     const SIZE: u64 = 1 << 30;
@@ -234,6 +234,8 @@ mod tests {
                     layers: vec![Layer { root_level: 2, root }],
                     excluded: vec![],
                 }],
+                machine: Machine::default(),
+                tree: Tree::default(),
             }),
             disks: vec![DiskFacts { disk, size: SIZE, slot: "a\\0\\0\\D".into() }],
             wanted: BackupKind::Incremental,

@@ -8,7 +8,7 @@ use futures::FutureExt;
 use outrider_disk::{ByteRange, DiskKind, RangeSet, ReadDisk};
 use outrider_proto::ids::{ChunkId, DiskId, PointId, VmIncarnation, VmKey};
 use outrider_proto::journal::{JournalDisk, JournalEntry, JournalStart};
-use outrider_proto::manifest::{ConfigFile, Manifest};
+use outrider_proto::manifest::{ConfigFile, Machine, Manifest};
 use outrider_proto::model::{Binding, parse};
 use outrider_proto::record::Record;
 use outrider_proto::rpc::{self, BackupKind};
@@ -43,6 +43,7 @@ pub(super) struct Captured {
     pub(super) start: JournalStart,
     pub(super) disks: Vec<SourceFacts>,
     pub(super) config: Vec<ConfigFile>,
+    pub(super) machine: Machine,
     pub(super) tracking_unproven: bool,
     pub(super) journal: SharedJournal,
 }
@@ -107,6 +108,7 @@ pub(super) async fn run(
     );
     context.phase("saving the configuration");
     let config = save_config(context, open, &pipeline).await?;
+    let machine = machine(context, open, warnings).await?;
     context.phase("running");
     let tracking_unproven = binding.is_some_and(|b| b.tracking_unproven) && start.parent.is_some();
     let journal = Arc::new(tokio::sync::Mutex::new(appender));
@@ -114,7 +116,7 @@ pub(super) async fn run(
     let pipeline = pipeline.with_journal(journal.clone(), journalled).resumed(resumed);
     // Roots are asked for again at the commit, where nothing is left to do unless storage lost something.
     pipeline.capture().boxed().await?;
-    Ok(Captured { pipeline, start, disks, config, tracking_unproven, journal })
+    Ok(Captured { pipeline, start, disks, config, machine, tracking_unproven, journal })
 }
 
 async fn open_disks(
@@ -362,6 +364,46 @@ async fn save_config(
         config.push(ConfigFile { name: file_name(&path), size: bytes.len() as u64, chunks });
     }
     Ok(config)
+}
+
+/// What the VM is besides its disks. That it cannot be told spoils no backup: the point then lacks what restores plan
+/// with, and says so.
+async fn machine(
+    context: &JobContext,
+    open: &Open,
+    warnings: &mut Vec<String>,
+) -> Result<Machine, JobError> {
+    match context.hypervisor.machine(&open.checkpoint).await {
+        Ok(mut machine) => {
+            machine.host.clone_from(&context.host);
+            warnings.extend(exportable(&machine));
+            Ok(machine)
+        }
+        Err(HypervisorError::Lease(lost)) => Err(lost.into()),
+        Err(e) => {
+            tracing::warn!(error = %e, "the point holds no facts about adapters, images and security");
+            warnings.push(format!(
+                "what the VM has besides disks could not be told ({e}): a restore cannot check switches, images and \
+                 guardian certificates before it writes"
+            ));
+            Ok(Machine::default())
+        }
+    }
+}
+
+/// A virtual TPM starts only where a guardian's private keys are; this host can still give them away (P12).
+fn exportable(machine: &Machine) -> Option<String> {
+    let security = machine.security.as_ref().filter(|s| s.tpm)?;
+    let here: Vec<&str> =
+        security.guardians.iter().filter(|g| g.private_keys).map(|g| g.name.as_str()).collect();
+    (!here.is_empty()).then(|| {
+        format!(
+            "the VM has a virtual TPM whose keys are guarded by {} on host {}: without these certificates no other host \
+             can start it. Export them from \"Shielded VM Local Certificates\" with their private keys, and keep them apart",
+            here.join(", "),
+            machine.host
+        )
+    })
 }
 
 /// Reads a manifest from storage.

@@ -6,7 +6,7 @@ use futures::FutureExt;
 use outrider_proto::frame::Space;
 use outrider_proto::ids::{ChunkId, PgId, PointId, VmIncarnation, VmKey};
 use outrider_proto::journal::JournalEntry;
-use outrider_proto::manifest::{DiskManifest, Layer, Manifest};
+use outrider_proto::manifest::{DiskManifest, Layer, Manifest, Tree};
 use outrider_proto::root::Root;
 use outrider_proto::rpc::{self, CommitOutcome, job_lease::Work};
 
@@ -148,6 +148,8 @@ fn manifest(
         tracking_unproven: captured.tracking_unproven,
         config: captured.config.clone(),
         disks: disks.collect(),
+        machine: captured.machine.clone(),
+        tree: Tree::default(),
     }
 }
 

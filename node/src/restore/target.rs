@@ -128,6 +128,7 @@ mod tests {
     use crate::consistency::tests::state;
     use crate::hypervisor::Power;
     use outrider_proto::ids::{CheckpointId, JobId, PointId, VmIncarnation, VmKey, VmRole};
+    use outrider_proto::manifest::{Machine, Tree};
 
     fn manifest(vm: &VmSeen) -> Manifest {
         Manifest {
@@ -144,6 +145,8 @@ mod tests {
             tracking_unproven: false,
             config: vec![],
             disks: vec![],
+            machine: Machine::default(),
+            tree: Tree::default(),
         }
     }
 

@@ -7,8 +7,8 @@ use super::HyperV;
 use super::call::{Call, provider};
 use super::snapshot::is_virtual_disk;
 use super::wql::{self, PLANNED, SETTINGS, STORAGE, SYSTEM, system_path};
-use crate::hypervisor::NewVm;
 use crate::hypervisor::error::HypervisorError;
+use crate::hypervisor::{Defined, NewVm};
 use crate::lease::Lease;
 
 const SERVICE: &str = "Msvm_VirtualSystemManagementService";
@@ -21,7 +21,7 @@ impl HyperV {
         &self,
         lease: &Lease,
         new: &NewVm,
-    ) -> Result<VmGuid, HypervisorError> {
+    ) -> Result<Defined, HypervisorError> {
         let planned = self.import_definition(lease, new).await?;
         let made = match self.finish_planned(lease, planned, new).await {
             Ok(made) => made,
@@ -33,7 +33,7 @@ impl HyperV {
         if new.clustered {
             self.make_highly_available(lease, made).await?;
         }
-        Ok(made)
+        Ok(Defined { vm: made, mended: Vec::new() })
     }
 
     async fn import_definition(

@@ -1,0 +1,79 @@
+//! What a restore asks for and hears: a VM from files, a host to fit it to, a VM to be replaced.
+
+use std::path::PathBuf;
+
+use outrider_proto::ids::VmGuid;
+use outrider_proto::manifest::{ClusterGroup, Guardian, Switch};
+
+/// A VM that is to be made from restored files.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NewVm {
+    /// Definition file (.vmcx).
+    pub definition: PathBuf,
+    /// Folder that everything of the VM lies in.
+    pub folder: PathBuf,
+    /// Display name.
+    pub name: String,
+    /// Keep the GUID of the definition.
+    pub keep_guid: bool,
+    /// Disk files by slot.
+    pub disks: Vec<(String, PathBuf)>,
+    /// Make it highly available.
+    pub clustered: bool,
+    /// What its cluster group was like.
+    pub group: Option<ClusterGroup>,
+    /// How its adapters are connected.
+    pub networks: Networks,
+    /// Throw a saved state away.
+    pub discard_saved_state: bool,
+    /// Folder of its checkpoints' definitions, when they are restored.
+    pub checkpoints: Option<PathBuf>,
+    /// Disk files of its checkpoints: (checkpoint's GUID, slot, file).
+    pub checkpoint_disks: Vec<(uuid::Uuid, String, PathBuf)>,
+}
+
+/// How adapters of a restored VM are connected. A switch that is not chosen here is looked for by GUID, then by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Networks {
+    /// Switch of the recovery point (name or GUID) and switch of this host (name or GUID).
+    pub choices: Vec<(String, String)>,
+    /// Connect none.
+    pub disconnect: bool,
+}
+
+/// A VM that was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Defined {
+    /// Its GUID.
+    pub vm: VmGuid,
+    /// What had to be mended so that it can start: one sentence each.
+    pub mended: Vec<String>,
+}
+
+/// What a restore has to know of a host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostFacts {
+    /// The host's name; empty when not told.
+    pub host: String,
+    /// Configuration versions that it supports; empty when not told.
+    pub versions: Vec<String>,
+    /// Its virtual switches.
+    pub switches: Vec<Switch>,
+    /// Guardians whose keys it has; `None` when not told.
+    pub guardians: Option<Vec<Guardian>>,
+}
+
+/// What was found of a VM when it was made ready for being replaced.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SetAside {
+    /// Configuration files that define it; gone when its definition is removed.
+    pub config: Vec<PathBuf>,
+    /// Its disk files by slot.
+    pub disks: Vec<(String, PathBuf)>,
+    /// Its display name.
+    pub name: String,
+    /// Its cluster group.
+    pub group: Option<ClusterGroup>,
+    /// What was lost on the way: one sentence each.
+    pub lost: Vec<String>,
+}
