@@ -26,6 +26,14 @@ pub trait ByteSource: Send + Sync {
     /// # Errors
     /// [`io::ErrorKind::UnexpectedEof`] if there are not so many bytes; otherwise what reading met.
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// The ranges that are not holes, which read as zeros; `None` if that is not known.
+    ///
+    /// # Errors
+    /// What asking the file system met.
+    fn data_ranges(&self) -> io::Result<Option<RangeSet>> {
+        Ok(None)
+    }
 }
 
 /// A file handle for positional access.
@@ -102,16 +110,6 @@ impl BlockFile {
     pub fn sync(&self) -> Result<(), DiskError> {
         self.file.sync_data().map_err(DiskError::io(&self.path, "flush"))
     }
-
-    /// The ranges of the file that the file system says are not holes; everything, where it cannot say.
-    ///
-    /// # Errors
-    /// [`DiskError::Io`].
-    pub fn data_ranges(&self) -> Result<RangeSet, DiskError> {
-        let len = self.size().map_err(DiskError::io(&self.path, "get the length of"))?;
-        positional::data_ranges(&self.file, len)
-            .map_err(DiskError::io(&self.path, "list the data ranges of"))
-    }
 }
 
 impl ByteSource for BlockFile {
@@ -121,6 +119,10 @@ impl ByteSource for BlockFile {
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         positional::read_exact_at(&self.file, offset, buf)
+    }
+
+    fn data_ranges(&self) -> io::Result<Option<RangeSet>> {
+        positional::data_ranges(&self.file, self.size()?)
     }
 }
 

@@ -3,13 +3,17 @@
 use std::path::Path;
 
 use crate::block_file::ByteSource;
-use crate::{DiskChain, DiskError, RawDisk, ReadDisk};
+use crate::error::FormatError;
+use crate::vhd::{self, Placed};
+use crate::{DiskChain, DiskError, DiskFormat, RawDisk, ReadDisk, vhdx};
 
 /// Opens any virtual disk that we can read, with all its parents.
 ///
 /// The names `.raw` and `.img` declare a raw image, whatever its first bytes are: those belong to the
 /// guest, which must not be able to turn its disk into one that names other files as its parents.
-/// Everything else must carry the VHDX signature.
+/// The names `.vhd` and `.avhd`, `.vhdx` and `.avhdx` ask for that format, for the same reason: a
+/// fixed VHD, too, begins with the guest's bytes. Any other name is no promise, and a file that could be
+/// two things is refused.
 ///
 /// # Errors
 /// [`DiskError::NotAVirtualDisk`], or what opening the format met.
@@ -22,7 +26,63 @@ pub fn open_disk(path: impl AsRef<Path>) -> Result<Box<dyn ReadDisk>, DiskError>
     Ok(Box::new(DiskChain::open(path)?))
 }
 
-/// Says what a file that is not VHDX looks like.
+/// The format of a file that is VHDX or VHD.
+pub(crate) fn format_of(path: &Path, source: &dyn ByteSource) -> Result<DiskFormat, DiskError> {
+    let len = source.size().map_err(DiskError::io(path, "get the length of"))?;
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let named = |names: [&str; 2]| names.iter().any(|name| extension.eq_ignore_ascii_case(name));
+    if extension.eq_ignore_ascii_case("vhds") {
+        let detail = "is a VHD set, a disk shared by guest clusters: it holds no data, its disks are the .avhdx files \
+                      beside it, whose order only Hyper-V knows. Back up such disks from inside the guests";
+        return Err(FormatError::unsupported("kind", detail).in_file(path));
+    }
+    let refuse = |found: String| Err(DiskError::NotAVirtualDisk { path: path.to_owned(), found });
+    let is_vhdx = starts_with(path, source, len, vhdx::SIGNATURE)?;
+    if named(["vhdx", "avhdx"]) {
+        return match is_vhdx {
+            true => Ok(DiskFormat::Vhdx),
+            false if vhd::find_footer(path, source, len)?.is_some() => refuse(
+                "a VHD with the name of a VHDX (rename it to .vhd, a checkpoint to .avhd)".into(),
+            ),
+            false => refuse(describe(source, len)),
+        };
+    }
+    let footer = vhd::find_footer(path, source, len)?;
+    let is_fixed = footer.as_ref().is_some_and(Placed::is_fixed);
+    match (footer.is_some(), is_vhdx) {
+        (true, _) if named(["vhd", "avhd"]) => Ok(DiskFormat::Vhd),
+        (false, true) if named(["vhd", "avhd"]) => refuse(
+            "a VHDX with the name of a VHD (rename it to .vhdx, a checkpoint to .avhdx)".into(),
+        ),
+        // The start of a fixed VHD, and the end of a VHDX, are the guest's.
+        (true, true) if is_fixed => refuse(
+            "what may be a VHDX or a fixed VHD (name it .vhdx or .vhd, whichever it is)".into(),
+        ),
+        (_, true) => Ok(DiskFormat::Vhdx),
+        (true, false) => Ok(DiskFormat::Vhd),
+        (false, false) if named(["vhd", "avhd"]) && len > 0 => refuse(format!(
+            "{}, without the footer that a VHD ends with; it may be cut off",
+            describe(source, len)
+        )),
+        (false, false) => refuse(describe(source, len)),
+    }
+}
+
+fn starts_with(
+    path: &Path,
+    source: &dyn ByteSource,
+    len: u64,
+    magic: &[u8; 8],
+) -> Result<bool, DiskError> {
+    let mut start = [0; 8];
+    if len < 8 {
+        return Ok(false);
+    }
+    source.read_exact_at(0, &mut start).map_err(DiskError::io(path, "read"))?;
+    Ok(&start == magic)
+}
+
+/// Says what a file that is neither VHDX nor VHD looks like.
 pub(crate) fn describe(source: &dyn ByteSource, len: u64) -> String {
     if len == 0 {
         return "an empty file".to_owned();
@@ -31,11 +91,11 @@ pub(crate) fn describe(source: &dyn ByteSource, len: u64) -> String {
     if source.read_exact_at(0, &mut start).is_err() {
         return "a file whose start cannot be read".to_owned();
     }
-    let mut end = [0; 8];
-    let has_footer =
-        len >= 512 && source.read_exact_at(len - 512, &mut end).is_ok() && &end == b"conectix";
-    if has_footer || start.starts_with(b"conectix") {
-        return "a VHD (the older format; convert it with Convert-VHD)".to_owned();
+    if start.starts_with(b"conectix") {
+        return "the start of a VHD whose footers are both damaged".to_owned();
+    }
+    if start.starts_with(vhdx::SIGNATURE) {
+        return "a VHDX".to_owned();
     }
     let known: [(&[u8], &str); 6] = [
         (b"QFI\xfb", "a QEMU qcow2 image"),
@@ -64,12 +124,7 @@ pub(crate) fn require_vhdx(
     source: &dyn ByteSource,
     len: u64,
 ) -> Result<(), DiskError> {
-    let mut magic = [0; 8];
-    let is_vhdx = len >= 8 && {
-        source.read_exact_at(0, &mut magic).map_err(DiskError::io(path, "read"))?;
-        &magic == crate::vhdx::SIGNATURE
-    };
-    if is_vhdx {
+    if starts_with(path, source, len, vhdx::SIGNATURE)? {
         return Ok(());
     }
     Err(DiskError::NotAVirtualDisk { path: path.to_owned(), found: describe(source, len) })

@@ -22,8 +22,30 @@ pub enum DiskKind {
 pub enum DiskFormat {
     /// VHDX or AVHDX.
     Vhdx,
+    /// VHD or AVHD, the format before VHDX.
+    Vhd,
     /// The guest's bytes and nothing else.
     Raw,
+}
+
+impl std::fmt::Display for DiskFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Vhdx => "VHDX",
+            Self::Vhd => "VHD",
+            Self::Raw => "raw",
+        })
+    }
+}
+
+impl std::fmt::Display for DiskKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Fixed => "fixed",
+            Self::Dynamic => "dynamic",
+            Self::Differencing => "differencing",
+        })
+    }
 }
 
 /// The facts of a virtual disk.
@@ -41,9 +63,11 @@ pub struct DiskInfo {
     pub kind: DiskKind,
     /// The container's format.
     pub format: DiskFormat,
-    /// VirtualDiskId (SCSI page 83): one for a disk and all its checkpoints; nil for raw images.
+    /// VirtualDiskId (SCSI page 83): one for a disk and all its checkpoints. Of a VHD, which has no such
+    /// id, the UUID of the file, and for a chain the base's. Nil for raw images.
     pub disk_id: Uuid,
-    /// Changes whenever the guest-visible bytes may have changed; nil for raw images.
+    /// Changes whenever the guest-visible bytes may have changed; nil for VHD and raw images, which
+    /// do not tell.
     pub data_write_guid: Uuid,
 }
 

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 pub enum DiskError {
     /// The file is not a format that we read.
     #[error(
-        "{} is not a virtual disk that can be read: found {found}; expected a VHDX or AVHDX file, or a raw image \
-         named .raw or .img. Check that the path names the VM's disk and that it was copied completely",
+        "{} is not a virtual disk that can be read: found {found}; expected a VHDX, AVHDX, VHD or AVHD file, or a raw \
+         image named .raw or .img. Check that the path names the VM's disk and that it was copied completely",
         path.display()
     )]
     NotAVirtualDisk {

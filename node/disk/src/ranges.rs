@@ -1,6 +1,10 @@
 //! Sets of byte ranges: sorted, disjoint, coalesced.
 
+mod bounded;
+
 use std::fmt;
+
+pub(crate) use bounded::BoundedRanges;
 
 /// The bytes from `start` up to, not including, `start + len`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

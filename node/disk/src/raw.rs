@@ -48,7 +48,9 @@ impl ReadDisk for RawDisk {
     }
 
     fn allocated(&self) -> Result<RangeSet, DiskError> {
-        let mut set = self.file.data_ranges()?;
+        let failed = DiskError::io(self.file.path(), "list the data ranges of");
+        let known = self.file.data_ranges().map_err(failed)?;
+        let mut set = known.unwrap_or_else(|| RangeSet::single(0, self.info.size));
         set.clamp(self.info.size);
         Ok(set)
     }

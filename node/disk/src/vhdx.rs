@@ -5,7 +5,6 @@
 //! A chain of layers is [`DiskChain`](crate::DiskChain).
 
 mod bat;
-mod bitmap;
 mod bytes;
 mod commit;
 mod create;
@@ -23,14 +22,13 @@ mod writer;
 pub use commit::CrashPoint;
 pub use create::CreateOptions;
 pub use header::Header;
-pub use layer::{LayerMap, Presence, Run, VhdxLayer};
+pub use layer::VhdxLayer;
 pub use locator::ParentLocator;
 pub use metadata::Metadata;
 pub use region::{Region, RegionTable};
 pub use reparent::set_parent;
 pub use writer::VhdxWriter;
 
-pub(crate) use layer::{read_through, visible};
 pub(crate) use reparent::{announce_parent_change, check_linkage};
 
 /// The first eight bytes of every VHDX file.
@@ -47,17 +45,3 @@ pub(crate) const MAX_SIZE: u64 = 64 << 40;
 
 /// No file is larger on any system; offsets up to here can be added without overflow.
 pub(crate) const MAX_FILE: u64 = i64::MAX as u64;
-
-/// Reads a whole VHDX from memory, its allocation map and its first bytes included: one entry point
-/// for fuzzing everything that looks at untrusted bytes.
-///
-/// # Errors
-/// Whatever is wrong with the bytes; never a panic.
-pub fn inspect_bytes(bytes: Vec<u8>) -> Result<LayerMap, crate::DiskError> {
-    let layer = VhdxLayer::from_source("memory.vhdx".into(), std::sync::Arc::new(bytes))?;
-    layer.check()?;
-    let map = layer.map()?;
-    let mut start = vec![0; layer.info().size.min(1 << 16) as usize];
-    read_through(&layer, &[], 0, &mut start)?;
-    Ok(map)
-}

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use outrider_disk::vhdx::{CreateOptions, VhdxLayer, VhdxWriter, set_parent};
 use outrider_disk::{
-    DiskChain, DiskError, DiskKind, RangeSet, ReadDisk, compare, merge::merge_child_into_parent,
+    DiskChain, DiskError, DiskKind, RangeSet, ReadDisk, ReadLayer, compare,
+    merge::merge_child_into_parent,
 };
 use proptest::prelude::*;
 
@@ -123,7 +124,7 @@ impl Machine {
         self.disk.close().expect("a sound disk");
         for (path, bytes) in self.frozen.iter().chain([&(self.leaf, self.bytes)]) {
             let chain = DiskChain::open(path).expect("a closed chain");
-            chain.layers().try_for_each(VhdxLayer::check).expect("every block has its own place");
+            chain.layers().try_for_each(ReadLayer::check).expect("every block has its own place");
             assert!(whole(&chain) == *bytes, "{} reads other bytes", path.display());
             assert_map_covers(&chain, bytes);
         }

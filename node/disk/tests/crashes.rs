@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use outrider_disk::vhdx::{CrashPoint, CreateOptions, VhdxLayer, VhdxWriter};
-use outrider_disk::{DiskChain, ReadDisk};
+use outrider_disk::{DiskChain, ReadDisk, ReadLayer};
 
 const MIB: u64 = 1 << 20;
 
@@ -33,7 +33,7 @@ fn crash(at: Option<CrashPoint>) -> (u8, u8) {
     }
     let before = std::fs::read(&path).unwrap();
     let reader = DiskChain::open(&path).unwrap();
-    assert!(reader.layers().all(VhdxLayer::is_dirty));
+    assert!(reader.layers().all(ReadLayer::is_dirty));
     assert_eq!(byte(&reader, 0), 1, "what was flushed is there");
     let seen = byte(&reader, MIB);
     assert!(std::fs::read(&path).unwrap() == before, "reading never changes a source");

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::Command;
 
 use outrider_disk::vhdx::{CrashPoint, CreateOptions, VhdxLayer, VhdxWriter};
-use outrider_disk::{DiskChain, DiskKind, RawDisk, ReadDisk, compare, export, open_disk};
+use outrider_disk::{
+    DiskChain, DiskKind, RawDisk, ReadDisk, ReadLayer, compare, export, open_disk,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -163,7 +165,7 @@ fn qemu_replays_the_log_that_a_crash_of_ours_left() {
     disk.flush().unwrap();
     model.scribble(&mut disk, &mut StdRng::seed_from_u64(6), 4);
     disk.crash(CrashPoint::AfterLog).unwrap();
-    assert!(DiskChain::open(&vhdx).unwrap().layers().all(VhdxLayer::is_dirty));
+    assert!(DiskChain::open(&vhdx).unwrap().layers().all(ReadLayer::is_dirty));
     qemu("qemu-img", &["check", "-r", "all", name(&vhdx)]);
     qemu("qemu-img", &["convert", "-O", "raw", name(&vhdx), name(&raw)]);
     assert!(std::fs::read(&raw).unwrap() == model.0, "qemu replays something else");

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use outrider_disk::vhdx::VhdxLayer;
 use outrider_disk::{DiskChain, DiskKind, ReadDisk};
 use serde_json::json;
 
@@ -20,7 +19,7 @@ pub(super) fn run(file: &Path, json: bool) -> Done {
         DiskKind::Differencing => "differencing",
     };
     let files = chain.files();
-    let dirty = chain.layers().any(VhdxLayer::is_dirty);
+    let dirty = chain.is_dirty();
     if json {
         output::json(&json!({
             "ok": true, "size_bytes": info.size, "block_size": info.block_size, "kind": kind,

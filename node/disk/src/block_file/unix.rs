@@ -18,14 +18,14 @@ pub(super) fn write_all_at(file: &File, offset: u64, bytes: &[u8]) -> io::Result
 }
 
 /// Asks for data and holes in turn. The cursor that this moves is used by nobody else.
-pub(super) fn data_ranges(file: &File, len: u64) -> io::Result<RangeSet> {
+pub(super) fn data_ranges(file: &File, len: u64) -> io::Result<Option<RangeSet>> {
     let mut set = RangeSet::new();
     let mut at = 0;
     while at < len {
         let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(start) => start,
             Err(Errno::NXIO) => break,
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(RangeSet::single(0, len)),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         let end = rustix::fs::seek(file, SeekFrom::Hole(start))?.max(start + 1);
@@ -33,5 +33,5 @@ pub(super) fn data_ranges(file: &File, len: u64) -> io::Result<RangeSet> {
         at = end;
     }
     set.clamp(len);
-    Ok(set)
+    Ok(Some(set))
 }

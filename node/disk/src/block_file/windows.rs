@@ -36,7 +36,7 @@ pub(super) fn write_all_at(file: &File, mut offset: u64, mut bytes: &[u8]) -> io
     Ok(())
 }
 
-/// Raw images on Windows are read whole.
-pub(super) fn data_ranges(_file: &File, len: u64) -> io::Result<RangeSet> {
-    Ok(RangeSet::single(0, len))
+/// Raw images and fixed VHDs on Windows are read whole.
+pub(super) fn data_ranges(_file: &File, _len: u64) -> io::Result<Option<RangeSet>> {
+    Ok(None)
 }

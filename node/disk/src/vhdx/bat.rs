@@ -1,6 +1,7 @@
 //! The block allocation table: where each payload block and each sector bitmap is.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::image::Image;
 use super::{MIB, Metadata, Region};
@@ -11,6 +12,13 @@ const NAME: &str = "block allocation table";
 
 /// Entries that are read, and kept, together: 64 KiB.
 const PAGE: u64 = 8192;
+
+/// Pages that are kept: 16 MiB, enough for 64 TiB in the default blocks of 32 MiB. Entries of others are
+/// read each time they are needed.
+const MAX_KEPT: usize = 256;
+
+/// Entries that are read together when all are looked at: 1 MiB.
+pub(crate) const SCAN: u64 = 128 << 10;
 
 /// How payload blocks and sector bitmaps are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +125,7 @@ pub(crate) struct Bat {
     region: Region,
     entries: u64,
     pages: Vec<OnceLock<Box<[u64]>>>,
+    kept: AtomicUsize,
 }
 
 impl Bat {
@@ -141,24 +150,40 @@ impl Bat {
         }
         let pages = geometry.entries.div_ceil(PAGE) as usize;
         let pages = std::iter::repeat_with(OnceLock::new).take(pages).collect();
-        Ok(Self { region, entries: geometry.entries, pages })
+        Ok(Self { region, entries: geometry.entries, pages, kept: AtomicUsize::new(0) })
     }
 
     /// The entry at `index`, which the geometry gave.
     pub(crate) fn get(&self, image: &Image, index: u64) -> Result<u64, DiskError> {
         let page = index / PAGE;
         let cell = &self.pages[page as usize];
-        let entries = match cell.get() {
-            Some(entries) => entries,
-            None => {
-                let read = self.read_page(image, page)?;
-                cell.get_or_init(|| read)
-            }
-        };
-        Ok(entries[(index % PAGE) as usize])
+        if let Some(entries) = cell.get() {
+            return Ok(entries[(index % PAGE) as usize]);
+        }
+        if self.kept.load(Ordering::Relaxed) >= MAX_KEPT {
+            let mut bytes = [0; 8];
+            image.read(NAME, self.entry_offset(index), &mut bytes)?;
+            return Ok(u64::from_le_bytes(bytes));
+        }
+        let read = self.read_page(image, page)?;
+        self.kept.fetch_add(1, Ordering::Relaxed);
+        Ok(cell.get_or_init(|| read)[(index % PAGE) as usize])
     }
 
-    /// Changes the entry in memory; the caller changes it in the file. It was read before.
+    /// Reads entries from `first` on into `buf`, as many as fit and exist, and keeps none.
+    pub(crate) fn scan<'b>(
+        &self,
+        image: &Image,
+        first: u64,
+        buf: &'b mut [u8],
+    ) -> Result<&'b [u8], DiskError> {
+        let count = (buf.len() as u64 / 8).min(self.entries.saturating_sub(first));
+        let buf = &mut buf[..count as usize * 8];
+        image.read(NAME, self.entry_offset(first), buf)?;
+        Ok(buf)
+    }
+
+    /// Changes the entry in memory, where it is kept; the caller changes it in the file.
     pub(crate) fn set(&mut self, index: u64, entry: u64) {
         if let Some(entries) = self.pages[(index / PAGE) as usize].get_mut() {
             entries[(index % PAGE) as usize] = entry;

@@ -9,6 +9,7 @@ use super::{LOG_SECTOR, MIB, VhdxWriter};
 use crate::DiskError;
 use crate::block_file::BlockFile;
 use crate::error::FormatError;
+use crate::layer::ReadLayer;
 
 /// Where a simulated crash interrupts a flush.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,6 +159,7 @@ impl VhdxWriter {
         self.file.sync()?;
         image.overlay.clear();
         self.layer.header.log_guid = Uuid::nil();
+        self.layer.header.file_write_guid = Uuid::new_v4();
         self.write_headers()
     }
 }

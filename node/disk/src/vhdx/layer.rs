@@ -1,52 +1,20 @@
-//! One VHDX or AVHDX file, read-only: what it stores itself and what it leaves to its parent.
+//! One VHDX or AVHDX file, read-only.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::bat::{Bat, Geometry, Payload};
+use super::bat::{self, Bat, Geometry, Payload};
 use super::header::{HEADER_LEN, HEADER_OFFSETS};
 use super::image::Image;
 use super::metadata::{self, MetadataTable};
 use super::region::{self, TABLE_OFFSETS};
-use super::{Header, MAX_FILE, MIB, Metadata, ParentLocator, Region, RegionTable, bitmap, log};
+use super::{Header, MAX_FILE, MIB, Metadata, ParentLocator, Region, RegionTable, log};
 use crate::block_file::{BlockFile, ByteSource};
 use crate::disk::check_bounds;
 use crate::error::FormatError;
-use crate::{ByteRange, DiskError, DiskFormat, DiskInfo, RangeSet, detect};
-
-/// Where the bytes of a range are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Presence {
-    /// In this file, from this file offset on.
-    Here {
-        /// File offset of the range's first byte.
-        file_offset: u64,
-    },
-    /// Zeros, whatever the parent has.
-    Zero,
-    /// The parent's bytes; zeros without a parent.
-    Parent,
-}
-
-/// A guest-visible range whose bytes are all in one kind of place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    /// First byte, as the guest counts.
-    pub offset: u64,
-    /// Number of bytes.
-    pub len: u64,
-    /// Where they are.
-    pub presence: Presence,
-}
-
-/// What one layer decides about the guest-visible disk; the rest is its parent's.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct LayerMap {
-    /// Stored in this file.
-    pub present: RangeSet,
-    /// Zeros that hide the parent.
-    pub zeroed: RangeSet,
-}
+use crate::layer::{LayerMap, MapBuilder, Presence, ReadLayer, Run, RunSink};
+use crate::places::Places;
+use crate::{DiskError, DiskFormat, DiskInfo, bits, detect};
 
 /// One file of a chain, opened read-only. A log that was not written back is replayed in memory.
 pub struct VhdxLayer {
@@ -110,16 +78,6 @@ impl VhdxLayer {
         Ok(Self { image, header, header_slot, regions, metadata, geometry, bat, info })
     }
 
-    /// The path that the layer was opened by.
-    pub fn path(&self) -> &Path {
-        &self.image.path
-    }
-
-    /// The facts of this layer.
-    pub fn info(&self) -> &DiskInfo {
-        &self.info
-    }
-
     /// Where the parent is; only differencing layers have one.
     pub fn parent(&self) -> Option<&ParentLocator> {
         self.metadata.parent.as_ref()
@@ -130,87 +88,55 @@ impl VhdxLayer {
         &self.header
     }
 
-    /// Whether the file was not closed cleanly, so that its log had to be replayed.
-    pub fn is_dirty(&self) -> bool {
-        !self.header.log_guid.is_nil()
-    }
-
-    /// Looks at every block's and bitmap's place: within the file, and no two in one place. Opening a
-    /// file checks only what it reads; a restore or an import checks everything.
-    ///
-    /// # Errors
-    /// [`DiskError::Corrupt`] or [`DiskError::Truncated`] for the first bad place.
-    pub fn check(&self) -> Result<(), DiskError> {
-        let mut places = Vec::new();
-        let mut chunk = None;
-        for block in 0..self.info.size.div_ceil(self.geometry.block_size) {
-            let payload = self.payload(block)?;
-            if let Payload::Full(at) | Payload::Partial(at) = payload {
-                places.push(ByteRange::new(at, self.geometry.visible(block)));
-            }
-            let is_new =
-                chunk.replace(block / self.geometry.ratio) != Some(block / self.geometry.ratio);
-            if is_new && self.metadata.parent.is_some() {
-                let bitmap = self.bitmap_block(block)?;
-                places.extend(bitmap.map(|at| ByteRange::new(at, MIB)));
-            }
-        }
-        places.sort_unstable();
-        match places.windows(2).find(|pair| pair[0].end() > pair[1].start) {
-            Some(pair) => {
-                Err(self.corrupt(&format!("puts two blocks into one place, at {}", pair[1].start)))
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// What this layer stores and hides.
-    ///
-    /// # Errors
-    /// What reading the tables met.
-    pub fn map(&self) -> Result<LayerMap, DiskError> {
-        let mut map = LayerMap::default();
-        self.runs(0, self.info.size, &mut |run| {
-            match run.presence {
-                Presence::Here { .. } => map.present.insert(run.offset, run.len),
-                Presence::Zero => map.zeroed.insert(run.offset, run.len),
-                Presence::Parent => {}
-            }
-            Ok(())
-        })?;
-        Ok(map)
-    }
-
-    /// Calls `found` for the runs of a range within the disk, in ascending order. Neighbours that are
-    /// neighbours in the file, too, come as one run, so sequential reads stay large.
-    ///
-    /// # Errors
-    /// [`DiskError::OutOfBounds`], what reading the tables met, or what `found` returned.
-    pub fn runs(
+    /// The runs of a whole block of which the bits are given, from its chunk's bitmap.
+    fn partial_runs(
         &self,
-        offset: u64,
-        len: u64,
-        found: &mut dyn FnMut(Run) -> Result<(), DiskError>,
+        (start, end): (u64, u64),
+        (bytes, first): (&[u8], u64),
+        at: u64,
+        push: &mut RunSink<'_>,
     ) -> Result<(), DiskError> {
-        let asked = usize::try_from(len).unwrap_or(usize::MAX);
-        check_bounds(&self.image.path, self.info.size, offset, asked)?;
-        let mut last: Option<Run> = None;
-        let mut push = |run: Run| match &mut last {
-            Some(previous) if continues(previous, &run) => {
-                previous.len += run.len;
-                Ok(())
+        let sector = self.geometry.sector;
+        let block_start = start / self.geometry.block_size * self.geometry.block_size;
+        let from = (start - block_start) / sector;
+        let to = (end - block_start).div_ceil(sector);
+        bits::runs(bytes, (from - first) as usize, (to - from) as usize, |bit, count, here| {
+            let sectors = block_start + (first + bit as u64) * sector;
+            let a = sectors.max(start);
+            let b = (sectors + count as u64 * sector).min(end);
+            let presence = match here {
+                true => Presence::Here { file_offset: at + (a - block_start) },
+                false => Presence::Parent,
+            };
+            push(Run { offset: a, len: b - a, presence })
+        })
+    }
+
+    /// Calls `found` with every block's number and entry, without keeping the table.
+    fn for_entries(
+        &self,
+        mut found: impl FnMut(u64, u64) -> Result<(), DiskError>,
+    ) -> Result<(), DiskError> {
+        let blocks = self.info.size.div_ceil(self.geometry.block_size);
+        let mut buf = vec![0; bat::SCAN as usize * 8];
+        // The entries of a chunk are followed by that of its bitmap.
+        let (mut block, mut until_bitmap, mut index) = (0, self.geometry.ratio, 0);
+        while block < blocks {
+            let read = self.bat.scan(&self.image, index, &mut buf)?;
+            for bytes in read.chunks_exact(8) {
+                index += 1;
+                if until_bitmap == 0 {
+                    until_bitmap = self.geometry.ratio;
+                    continue;
+                }
+                until_bitmap -= 1;
+                if block < blocks {
+                    found(block, u64::from_le_bytes(bytes.try_into().expect("eight bytes")))?;
+                }
+                block += 1;
             }
-            _ => last.replace(run).map_or(Ok(()), &mut *found),
-        };
-        let end = offset + len;
-        let mut at = offset;
-        while at < end {
-            let block = at / self.geometry.block_size;
-            let block_end = ((block + 1) * self.geometry.block_size).min(end);
-            self.block_runs(block, at, block_end, &mut push)?;
-            at = block_end;
         }
-        last.map_or(Ok(()), found)
+        Ok(())
     }
 
     /// The runs of `start..end`, which lie in one block.
@@ -219,7 +145,7 @@ impl VhdxLayer {
         block: u64,
         start: u64,
         end: u64,
-        push: &mut dyn FnMut(Run) -> Result<(), DiskError>,
+        push: &mut RunSink<'_>,
     ) -> Result<(), DiskError> {
         let run = |presence| Run { offset: start, len: end - start, presence };
         let block_start = block * self.geometry.block_size;
@@ -230,42 +156,31 @@ impl VhdxLayer {
                 push(run(Presence::Here { file_offset: at + (start - block_start) }))
             }
             Payload::Partial(at) => {
-                let sector = self.geometry.sector;
-                let first = (start - block_start) / sector;
-                let last = (end - block_start).div_ceil(sector);
-                let mut bits = vec![0; (last.div_ceil(8) - first / 8) as usize];
-                self.image.read("sector bitmap", self.bits_at(block)? + first / 8, &mut bits)?;
-                let skipped = first / 8 * 8;
-                let (from, count) = ((first - skipped) as usize, (last - first) as usize);
-                bitmap::runs(&bits, from, count, |bit, count, here| {
-                    let sectors = block_start + (skipped + bit as u64) * sector;
-                    let a = sectors.max(start);
-                    let b = (sectors + count as u64 * sector).min(end);
-                    let presence = match here {
-                        true => Presence::Here { file_offset: at + (a - block_start) },
-                        false => Presence::Parent,
-                    };
-                    push(Run { offset: a, len: b - a, presence })
-                })
+                let first = (start - block_start) / self.geometry.sector / 8;
+                let last = (end - block_start).div_ceil(self.geometry.sector).div_ceil(8);
+                let mut bytes = vec![0; (last - first) as usize];
+                self.image.read("sector bitmap", self.bits_at(block)? + first, &mut bytes)?;
+                self.partial_runs((start, end), (&bytes, first * 8), at, push)
             }
         }
     }
 
-    /// Fills `buf` with bytes that a run said to be [`Presence::Here`].
-    pub(crate) fn read_stored(&self, file_offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        self.image.read("payload block", file_offset, buf)
-    }
-
     /// What the BAT says about a block, checked against the file.
     pub(crate) fn payload(&self, block: u64) -> Result<Payload, DiskError> {
-        let entry = self.bat.get(&self.image, self.geometry.payload_index(block))?;
+        self.payload_of(block, self.bat.get(&self.image, self.geometry.payload_index(block))?)
+    }
+
+    /// What an entry of the BAT says about a block, checked against the file.
+    #[inline]
+    fn payload_of(&self, block: u64, entry: u64) -> Result<Payload, DiskError> {
         let payload = Payload::decode(entry).map_err(|e| e.in_file(&self.image.path))?;
         if let Payload::Full(at) | Payload::Partial(at) = payload {
-            let needed = at.saturating_add(self.geometry.visible(block));
+            let len = self.geometry.visible(block);
+            let needed = at.saturating_add(len);
             if needed > self.image.len {
                 return Err(self.image.truncated("payload block", needed));
             }
-            self.refuse_tables(at, self.geometry.visible(block))?;
+            self.refuse_tables(at, len)?;
             if matches!(payload, Payload::Partial(_)) && self.metadata.parent.is_none() {
                 return Err(
                     self.corrupt("has a partially present block but the disk has no parent")
@@ -313,12 +228,109 @@ impl VhdxLayer {
     }
 }
 
-fn continues(previous: &Run, next: &Run) -> bool {
-    match (previous.presence, next.presence) {
-        (Presence::Here { file_offset: a }, Presence::Here { file_offset: b }) => {
-            a + previous.len == b
+impl ReadLayer for VhdxLayer {
+    fn path(&self) -> &Path {
+        &self.image.path
+    }
+
+    fn info(&self) -> &DiskInfo {
+        &self.info
+    }
+
+    fn runs(&self, offset: u64, len: u64, found: &mut RunSink<'_>) -> Result<(), DiskError> {
+        let asked = usize::try_from(len).unwrap_or(usize::MAX);
+        check_bounds(&self.image.path, self.info.size, offset, asked)?;
+        let mut last: Option<Run> = None;
+        let mut push = |run: Run| match &mut last {
+            Some(previous) if previous.goes_on(&run) => {
+                previous.len += run.len;
+                Ok(())
+            }
+            _ => last.replace(run).map_or(Ok(()), &mut *found),
+        };
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let block = at / self.geometry.block_size;
+            let block_end = ((block + 1) * self.geometry.block_size).min(end);
+            self.block_runs(block, at, block_end, &mut push)?;
+            at = block_end;
         }
-        (a, b) => a == b,
+        last.map_or(Ok(()), found)
+    }
+
+    fn read_stored(&self, file_offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        self.image.read("payload block", file_offset, buf)
+    }
+
+    fn map(&self) -> Result<LayerMap, DiskError> {
+        let mut map = MapBuilder::new(self.info.size);
+        // The bitmap block in hand, which all blocks of a chunk share.
+        let mut bitmap = vec![0; MIB as usize];
+        let mut in_hand = None;
+        self.for_entries(|block, entry| {
+            if entry & 7 == 0 {
+                return Ok(());
+            }
+            let start = block * self.geometry.block_size;
+            let len = self.geometry.visible(block);
+            match self.payload_of(block, entry)? {
+                Payload::NotPresent => {}
+                Payload::Zero => map.zeroed(start, len),
+                Payload::Full(_) => map.present(start, len),
+                Payload::Partial(at) => {
+                    let chunk = block / self.geometry.ratio;
+                    if in_hand != Some(chunk) {
+                        let from = self.bits_at(block)? - self.geometry.bitmap_offset(block);
+                        self.image.read("sector bitmap", from, &mut bitmap)?;
+                        in_hand = Some(chunk);
+                    }
+                    let from = self.geometry.bitmap_offset(block) as usize;
+                    let bits = &bitmap[from..from + self.geometry.bitmap_len() as usize];
+                    self.partial_runs((start, start + len), (bits, 0), at, &mut |run| {
+                        map.run(run);
+                        Ok(())
+                    })?;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(map.finish())
+    }
+
+    fn check(&self) -> Result<(), DiskError> {
+        let mut places = Places::new(MIB);
+        let mut take = |at, len| match places.take(at, len) {
+            true => Ok(()),
+            false => Err(self.corrupt(&format!("puts two blocks into one place, at {at}"))),
+        };
+        let mut chunk = None;
+        self.for_entries(|block, entry| {
+            if let Payload::Full(at) | Payload::Partial(at) = self.payload_of(block, entry)? {
+                take(at, self.geometry.visible(block))?;
+            }
+            let of_block = Some(block / self.geometry.ratio);
+            if self.metadata.parent.is_some() && chunk != of_block {
+                chunk = of_block;
+                if let Some(at) = self.bitmap_block(block)? {
+                    take(at, MIB)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn is_dirty(&self) -> bool {
+        !self.header.log_guid.is_nil()
+    }
+
+    fn parent_candidates(&self) -> Option<Vec<PathBuf>> {
+        self.parent().map(|locator| locator.candidates(&self.image.path))
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let dirty = "the file was not closed cleanly; its log was replayed in memory";
+        self.is_dirty().then(|| dirty.to_owned()).into_iter().collect()
     }
 }
 
@@ -392,42 +404,4 @@ fn replay_log(image: &mut Image, header: &Header) -> Result<(), DiskError> {
     image.len = len;
     image.overlay = replay.updates;
     Ok(())
-}
-
-/// Fills `buf` with the guest's bytes from `offset` on, from `top` where it has them and from its
-/// parents, nearest first, where it has not. The range was checked against the size, which is the same
-/// in all layers.
-pub(crate) fn read_through(
-    top: &VhdxLayer,
-    parents: &[VhdxLayer],
-    offset: u64,
-    buf: &mut [u8],
-) -> Result<(), DiskError> {
-    top.runs(offset, buf.len() as u64, &mut |run| {
-        let from = (run.offset - offset) as usize;
-        let part = &mut buf[from..from + run.len as usize];
-        match (run.presence, parents.split_first()) {
-            (Presence::Here { file_offset }, _) => top.read_stored(file_offset, part),
-            (Presence::Parent, Some((parent, rest))) => {
-                read_through(parent, rest, run.offset, part)
-            }
-            (Presence::Zero, _) | (Presence::Parent, None) => {
-                part.fill(0);
-                Ok(())
-            }
-        }
-    })
-}
-
-/// What of a chain may be anything but zeros: each layer's own bytes, and of its parents' what it
-/// neither stores nor hides.
-pub(crate) fn visible(top: &VhdxLayer, parents: &[VhdxLayer]) -> Result<RangeSet, DiskError> {
-    let LayerMap { mut present, zeroed } = top.map()?;
-    let mut decided = present.union(&zeroed);
-    for parent in parents {
-        let map = parent.map()?;
-        present = present.union(&map.present.subtract(&decided));
-        decided = decided.union(&map.present).union(&map.zeroed);
-    }
-    Ok(present)
 }

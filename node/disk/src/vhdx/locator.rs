@@ -1,11 +1,12 @@
 //! The parent locator: which disk a differencing disk was made from, and where it may be.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use uuid::{Uuid, uuid};
 
 use super::bytes::{Fields, put};
 use crate::error::FormatError;
+use crate::parent_paths;
 
 const TYPE: Uuid = uuid!("b04aefb7-d19e-4a81-b789-25b8e9445913");
 const NAME: &str = "parent locator";
@@ -82,20 +83,19 @@ impl ParentLocator {
             .collect()
     }
 
-    /// Where the parent may be, in the order in which to look. A relative path is relative to the
-    /// child's folder; a volume path means something only on the host that wrote it.
+    /// Where the parent may be, in the order in which to look: the relative path, from the child's
+    /// folder; the volume path, which means something only on the host that wrote it; the absolute
+    /// path; and a file of its name beside the child.
     pub fn candidates(&self, child: &Path) -> Vec<PathBuf> {
-        let folder = child.parent().unwrap_or(Path::new(""));
+        let path_of = |key: &str| self.get(key).filter(|path| !path.is_empty());
+        let (relative, absolute) = (path_of("relative_path"), path_of("absolute_win32_path"));
         let mut out = Vec::new();
-        if let Some(relative) = self.get("relative_path").filter(|p| !p.is_empty()) {
-            let mut path = folder.to_owned();
-            path.extend(relative.split(['\\', '/']).filter(|part| !matches!(*part, "" | ".")));
-            out.push(path);
-        }
+        out.extend(relative.map(|path| parent_paths::below(child, path)));
         if cfg!(windows) {
-            out.extend(self.get("volume_path").filter(|p| !p.is_empty()).map(PathBuf::from));
+            out.extend(path_of("volume_path").map(PathBuf::from));
         }
-        out.extend(self.get("absolute_win32_path").filter(|p| !p.is_empty()).map(PathBuf::from));
+        out.extend(absolute.map(PathBuf::from));
+        parent_paths::beside(child, &[relative, absolute, path_of("volume_path")], &mut out);
         out
     }
 
@@ -103,7 +103,7 @@ impl ParentLocator {
     pub(crate) fn naming(child: &Path, parent: &Path, linkage: Uuid) -> Option<Self> {
         let mut locator = Self::default();
         locator.set("parent_linkage", Some(linkage_text(linkage)));
-        locator.set("relative_path", relative(child, parent)?);
+        locator.set("relative_path", parent_paths::relative(child, parent)?);
         locator.set("absolute_win32_path", Some(parent.to_str()?.to_owned()));
         Some(locator)
     }
@@ -112,23 +112,6 @@ impl ParentLocator {
 /// A GUID as locators write it.
 pub(crate) fn linkage_text(guid: Uuid) -> String {
     format!("{{{guid}}}")
-}
-
-/// The parent's path from the child's folder, with backslashes. The outer option is whether the names
-/// are Unicode, the inner whether the two are on one volume.
-fn relative(child: &Path, parent: &Path) -> Option<Option<String>> {
-    let from: Vec<Component<'_>> = child.parent()?.components().collect();
-    let to: Vec<Component<'_>> = parent.components().collect();
-    let shared = from.iter().zip(&to).take_while(|(a, b)| a == b).count();
-    if shared == 0 {
-        return Some(None);
-    }
-    let mut parts = vec![if shared == from.len() { "." } else { ".." }];
-    parts.extend((shared + 1..from.len()).map(|_| ".."));
-    for part in &to[shared..] {
-        parts.push(part.as_os_str().to_str()?);
-    }
-    Some(Some(parts.join("\\")))
 }
 
 fn text(bytes: &[u8], offset: u32, length: u16) -> Result<String, FormatError> {

@@ -13,7 +13,7 @@ use super::overlay::{Overlay, Patch, Sector};
 use crate::error::FormatError;
 
 /// Logs are read whole; Hyper-V makes them 1 MiB long.
-pub(crate) const MAX_LOG: u32 = 256 << 20;
+pub(crate) const MAX_LOG: u32 = 64 << 20;
 
 /// Descriptors that fit into an entry's first sector: as many updates fit into one of our entries.
 pub(crate) const MAX_UPDATES: usize = 126;

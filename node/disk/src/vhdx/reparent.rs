@@ -10,6 +10,7 @@ use super::locator::linkage_text;
 use super::{ParentLocator, VhdxLayer, VhdxWriter};
 use crate::DiskError;
 use crate::error::FormatError;
+use crate::layer::ReadLayer;
 
 /// Most bytes of a locator that we write: it changes in one log entry.
 const MAX_LOCATOR: usize = 64 << 10;
@@ -57,18 +58,26 @@ pub(crate) fn check_linkage(child: &VhdxLayer, parent: &VhdxLayer) -> Result<(),
         let expected = linkages.iter().map(Uuid::to_string).collect::<Vec<_>>().join(" or ");
         return Err(mismatch(child, parent, "DataWriteGuid", expected, found.to_string()));
     }
-    check_same_disk(child, parent)
+    // The ids of the disks may differ: an administrator can give a child a new one. The parent may be
+    // smaller, since the child can be made bigger.
+    let [_, _, sector] = facts(child);
+    let [_, _, found] = facts(parent);
+    match sector.1 == found.1 {
+        true => Ok(()),
+        false => Err(mismatch(child, parent, sector.0, sector.1, found.1)),
+    }
+}
+
+fn facts(layer: &VhdxLayer) -> [(&'static str, String); 3] {
+    let info = &layer.info;
+    [
+        ("VirtualDiskId", info.disk_id.to_string()),
+        ("size", info.size.to_string()),
+        ("logical sector size", info.logical_sector.to_string()),
+    ]
 }
 
 fn check_same_disk(child: &VhdxLayer, parent: &VhdxLayer) -> Result<(), DiskError> {
-    let facts = |layer: &VhdxLayer| {
-        let info = &layer.info;
-        [
-            ("VirtualDiskId", info.disk_id.to_string()),
-            ("size", info.size.to_string()),
-            ("logical sector size", info.logical_sector.to_string()),
-        ]
-    };
     for ((what, expected), (_, found)) in facts(child).into_iter().zip(facts(parent)) {
         if expected != found {
             return Err(mismatch(child, parent, what, expected, found));

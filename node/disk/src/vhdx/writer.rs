@@ -13,11 +13,12 @@ use uuid::Uuid;
 use super::bat::Payload;
 use super::log::{LogCursor, MAX_UPDATES};
 use super::overlay::Sector;
-use super::{LOG_SECTOR, MIB, VhdxLayer, bitmap, read_through, visible};
+use super::{LOG_SECTOR, MIB, VhdxLayer};
 use crate::block_file::BlockFile;
 use crate::chain::open_parents;
 use crate::disk::check_bounds;
-use crate::{DiskError, DiskInfo, DiskKind, RangeSet, ReadDisk};
+use crate::layer::{Layer, ReadLayer, read_through, visible};
+use crate::{DiskError, DiskInfo, DiskKind, RangeSet, ReadDisk, bits};
 
 /// Sectors of tables that one write to one block can touch: the bits of a block of 256 MiB (16, and
 /// one if they were not aligned) and two BAT entries.
@@ -31,7 +32,7 @@ pub struct VhdxWriter {
     pub(crate) file: Arc<BlockFile>,
     /// The file as this writer sees it; its overlay holds the updates not yet committed.
     pub(crate) layer: VhdxLayer,
-    parents: Vec<VhdxLayer>,
+    parents: Vec<Layer>,
     /// Where the next log entry goes; set by the first modification.
     pub(crate) log: Option<LogCursor>,
     /// The DataWriteGuid that the first write of guest data sets; nil once it did.
@@ -262,11 +263,11 @@ impl VhdxWriter {
         let sector = self.layer.geometry.sector;
         let (first, count) = (in_block / sector, (len / sector) as usize);
         let from = first / 8;
-        let mut bits = vec![0; ((first + count as u64).div_ceil(8) - from) as usize];
-        self.layer.image.read("sector bitmap", bits_at + from, &mut bits)?;
-        let before = bits.clone();
-        bitmap::set(&mut bits, (first - from * 8) as usize, count);
-        if bits == before { Ok(()) } else { self.update(bits_at + from, &bits) }
+        let mut bitmap = vec![0; ((first + count as u64).div_ceil(8) - from) as usize];
+        self.layer.image.read("sector bitmap", bits_at + from, &mut bitmap)?;
+        let before = bitmap.clone();
+        bits::set(&mut bitmap, (first - from * 8) as usize, count);
+        if bitmap == before { Ok(()) } else { self.update(bits_at + from, &bitmap) }
     }
 
     /// Changes bytes of a table; they reach the file through the log.

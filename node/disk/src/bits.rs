@@ -1,4 +1,5 @@
-//! Sector bitmaps: least significant bit first, 1 = the sector is in this file.
+//! Sector bitmaps: 1 = the sector is in this file. VHDX puts the least significant bit first, VHD the most
+//! significant one.
 
 #[cfg(test)]
 mod tests;
@@ -55,4 +56,22 @@ pub(crate) fn set(bits: &mut [u8], first: usize, count: usize) {
             at += 1;
         }
     }
+}
+
+/// [`runs`] of bits of which the most significant comes first. `bits` are turned round in place.
+pub(crate) fn msb_runs<E>(
+    bits: &mut [u8],
+    first: usize,
+    count: usize,
+    found: impl FnMut(usize, usize, bool) -> Result<(), E>,
+) -> Result<(), E> {
+    bits.iter_mut().for_each(|byte| *byte = byte.reverse_bits());
+    runs(bits, first, count, found)
+}
+
+/// Sets `count` bits from `first` on, the most significant of each byte first.
+pub(crate) fn set_msb(bits: &mut [u8], first: usize, count: usize) {
+    bits.iter_mut().for_each(|byte| *byte = byte.reverse_bits());
+    set(bits, first, count);
+    bits.iter_mut().for_each(|byte| *byte = byte.reverse_bits());
 }
