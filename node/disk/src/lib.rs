@@ -43,6 +43,7 @@ mod detect;
 pub mod disk;
 pub mod error;
 pub mod export;
+pub mod guest;
 pub mod inspect;
 pub mod layer;
 pub mod merge;
