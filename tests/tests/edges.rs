@@ -32,6 +32,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("outrider-lab", &["outrider-disk", "outrider-wmi", "outrider-process"]),
+    ("outrider-qemulab", &[]),
 ];
 
 /// Third-party packages that must never reach a package through any path, with the reason.
