@@ -40,36 +40,36 @@ fn is_there(what: &str, found: bool) -> bool {
 }
 
 /// Whether QEMU's tools can judge.
-pub fn qemu_is_there() -> bool {
+pub(crate) fn qemu_is_there() -> bool {
     let found = works("qemu-img", &["--version"]) && works("qemu-io", &["--version"]);
     is_there("qemu-img (qemu-utils)", found)
 }
 
 /// Whether libvhdi can judge.
-pub fn libvhdi_is_there() -> bool {
+pub(crate) fn libvhdi_is_there() -> bool {
     is_there("libvhdi (python3-libvhdi)", works("/usr/bin/python3", &["-c", "import pyvhdi"]))
 }
 
 /// Runs a tool that must succeed and gives its output.
-pub fn run(tool: &str, args: &[&str]) -> String {
+pub(crate) fn run(tool: &str, args: &[&str]) -> String {
     let out = Command::new(tool).args(args).output().expect("it was there before");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(out.status.success(), "{tool} {args:?}: {}{}", text(&out.stdout), text(&out.stderr));
     text(&out.stdout)
 }
 
-pub fn name(path: &Path) -> &str {
+pub(crate) fn name(path: &Path) -> &str {
     path.to_str().expect("temporary folders have Unicode names")
 }
 
 /// What libvhdi reads from a chain, leaf first, as a raw file.
-pub fn read_with_libvhdi(chain: &[PathBuf], raw: &Path) {
+pub(crate) fn read_with_libvhdi(chain: &[PathBuf], raw: &Path) {
     let mut args = vec!["-c", LIBVHDI, name(raw)];
     args.extend(chain.iter().map(|path| name(path)));
     run("/usr/bin/python3", &args);
 }
 
 /// What QEMU reads from a disk, as a raw file.
-pub fn read_with_qemu(format: &str, disk: &Path, raw: &Path) {
+pub(crate) fn read_with_qemu(format: &str, disk: &Path, raw: &Path) {
     run("qemu-img", &["convert", "-f", format, "-O", "raw", name(disk), name(raw)]);
 }
