@@ -7,6 +7,7 @@
 //!
 //! This crate knows nothing of backups, jobs of ours, leases or storage.
 
+pub mod com;
 pub mod embedded;
 pub mod files;
 pub mod lab;
