@@ -94,7 +94,7 @@ pub async fn run(
             Some(observability::serve(address, Arc::new(registry), ready_now, &tasks).await?);
     }
     let hypervisor = tokio::select! {
-        connected = connect(&config) => connected?,
+        connected = connect(&config, fabric, &tasks) => connected?,
         () = token.cancelled() => return Ok(()),
     };
     let (layout, layout_seen) = watch::channel(Layout::default());
@@ -131,9 +131,14 @@ pub async fn run(
 }
 
 /// Connects to the hypervisor. The lab may start later than its agents: it is asked again.
-async fn connect(config: &Config) -> Result<Arc<dyn Hypervisor>, NodeError> {
+async fn connect(
+    config: &Config,
+    fabric: FabricId,
+    tasks: &TaskGroup,
+) -> Result<Arc<dyn Hypervisor>, NodeError> {
     match config.hypervisor {
         HypervisorKind::Hyperv => Err(NodeError::NoHyperV),
+        HypervisorKind::Qemu => connect_qemu(config, fabric, tasks).await,
         HypervisorKind::Lab => {
             let lab = config.lab.as_ref().ok_or_else(|| NodeError::Config {
                 key: "[lab] address",
@@ -159,4 +164,33 @@ async fn connect(config: &Config) -> Result<Arc<dyn Hypervisor>, NodeError> {
             Ok(Arc::new(HyperV::new(Arc::new(wmi), files, config.jobs.clone())))
         }
     }
+}
+
+#[cfg(unix)]
+async fn connect_qemu(
+    config: &Config,
+    fabric: FabricId,
+    tasks: &TaskGroup,
+) -> Result<Arc<dyn Hypervisor>, NodeError> {
+    let qemu = config.qemu.clone().ok_or_else(|| NodeError::Config {
+        key: "[qemu] sockets",
+        value: String::new(),
+        reason: "it is needed with hypervisor = \"qemu\"; see docs/qemu.md".into(),
+    })?;
+    let started = crate::hypervisor::qemu::Qemu::start(
+        qemu,
+        &config.scratch_dir,
+        fabric,
+        tasks.child("qemu"),
+    );
+    Ok(Arc::new(started.await.map_err(|e| NodeError::Qemu(e.to_string()))?))
+}
+
+#[cfg(not(unix))]
+async fn connect_qemu(
+    _config: &Config,
+    _fabric: FabricId,
+    _tasks: &TaskGroup,
+) -> Result<Arc<dyn Hypervisor>, NodeError> {
+    Err(NodeError::Qemu("it is spoken to through Unix sockets, which this system lacks".into()))
 }

@@ -1,5 +1,7 @@
 //! The node agent's configuration file (TOML).
 
+mod qemu;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,6 +9,8 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use outrider_process::telemetry::{LogConfig, TraceConfig};
+
+pub use qemu::QemuConfig;
 
 /// The whole file. Unknown keys are refused.
 #[derive(Debug, Clone, Deserialize)]
@@ -30,6 +34,9 @@ pub struct Config {
     /// Where the simulated cluster listens; only with `hypervisor = "lab"`.
     #[serde(default)]
     pub lab: Option<LabConfig>,
+    /// Where QEMU's sockets are; only with `hypervisor = "qemu"`.
+    #[serde(default)]
+    pub qemu: Option<QemuConfig>,
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
@@ -56,6 +63,8 @@ pub enum HypervisorKind {
     Hyperv,
     /// Hyper-V of a simulated host: the same logic over the lab's transport.
     Lab,
+    /// QEMU and KVM of this machine, through QMP (Unix only).
+    Qemu,
 }
 
 /// `[lab]`

@@ -46,6 +46,9 @@ pub enum NodeError {
         "hypervisor = \"hyperv\" needs Windows with the Hyper-V role; on another system use hypervisor = \"lab\""
     )]
     NoHyperV,
+    /// No QEMU in this build, or not as configured.
+    #[error("the QEMU of this host cannot be used: {0}")]
+    Qemu(String),
     /// The client of the storage tier cannot be started.
     #[error("the client of the storage tier cannot be started: {0}")]
     Storage(String),

@@ -1,4 +1,4 @@
-//! What a backup or restore asks of a hypervisor. [`hyperv`] answers it over WMI.
+//! What a backup or restore asks of a hypervisor. [`hyperv`] answers it over WMI, `qemu` (on Unix) over QMP.
 //!
 //! Every method that changes something takes the job's [`Lease`] and asks it right before each call to the hypervisor,
 //! retries included: a stale agent that wakes up in the middle of a back-off changes nothing.
@@ -6,6 +6,8 @@
 pub mod error;
 pub mod hyperv;
 mod new_vm;
+#[cfg(unix)]
+pub mod qemu;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -259,6 +261,17 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Whether a configuration file of a recovery point is the one that [`Hypervisor::define_vm`] wants.
     fn is_definition(&self, file: &Path) -> bool {
         file.extension().is_some_and(|e| e.eq_ignore_ascii_case("vmcx"))
+    }
+
+    /// Whether a reference point can be told to be ours by itself. One that nothing is bound to is then removed.
+    fn owns(&self, _point: &ReferencePoint) -> bool {
+        false
+    }
+
+    /// The id of the reference point that a checkpoint of ours becomes, where it is known beforehand. Such a point is there
+    /// even when the checkpoint was lost: it records from the checkpoint's moment on.
+    fn point_of(&self, _checkpoint: CheckpointId) -> Option<String> {
+        None
     }
 
     /// Everything.

@@ -94,6 +94,10 @@ pub enum HypervisorError {
         /// What is missing.
         detail: String,
     },
+    /// QEMU, its guest agent or its processes.
+    #[cfg(unix)]
+    #[error(transparent)]
+    Qemu(#[from] super::qemu::QemuError),
     /// The call was not made, because the lease does not allow it.
     #[error(transparent)]
     Lease(#[from] LeaseLost),
@@ -106,6 +110,10 @@ impl HypervisorError {
         match self {
             Self::Provider { source, .. } if source.is_transient() => Retry::Inspect,
             Self::OutcomeUnknown { .. } => Retry::Inspect,
+            #[cfg(unix)]
+            Self::Qemu(e) if e.passes() => Retry::Later,
+            #[cfg(unix)]
+            Self::Qemu(e) if e.is_unknown() => Retry::Inspect,
             Self::Occupied { .. } => Retry::Later,
             Self::Refused { code, .. } => match code {
                 // In use, wrong state, not available, out of memory; 5 is the CIM code of "invalid state".
@@ -121,7 +129,12 @@ impl HypervisorError {
     /// Whether the guest (not the host) failed to bring its data to rest: another way of taking the checkpoint may work.
     #[must_use]
     pub fn is_guest_failure(&self) -> bool {
-        matches!(self, Self::Refused { code: 32768 | 2, .. })
+        match self {
+            Self::Refused { code: 32768 | 2, .. } => true,
+            #[cfg(unix)]
+            Self::Qemu(super::qemu::QemuError::Guest { .. }) => true,
+            _ => false,
+        }
     }
 }
 
