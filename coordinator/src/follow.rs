@@ -39,6 +39,8 @@ pub(crate) enum Event {
     Owner { vm: VmKey, owner: String },
     /// The cluster database calls a host up or down.
     Host { realm: String, host: String, up: bool },
+    /// This leader has not heard the host's agent for longer than any lease lives, or hears it again.
+    Silent { host: String, silent: bool },
 }
 
 /// What agents told this leader.
@@ -47,6 +49,10 @@ pub(crate) struct Follow {
     vms: BTreeMap<VmKey, Reports>,
     /// Hosts whose full inventory this leader has: only their silence about a VM means something.
     heard: BTreeSet<String>,
+    /// Hosts that are silent for so long that none of them holds a lease.
+    silent: BTreeSet<String>,
+    /// Realms with a cluster database: it says which hosts are dead.
+    clusters: BTreeSet<String>,
     clock: u64,
 }
 
@@ -80,6 +86,10 @@ impl Follow {
         let mut changes = Vec::new();
         match event {
             Event::Inventory { host, realm, vms, up, down } => {
+                self.silent.remove(&host);
+                if !up.is_empty() || !down.is_empty() {
+                    self.clusters.insert(realm.clone());
+                }
                 self.inventory(&host, &realm, vms, state, &mut changes);
                 for (nodes, is_up) in [(up, true), (down, false)] {
                     for node in nodes {
@@ -92,7 +102,12 @@ impl Follow {
             }
             Event::Gone { host, vm } => self.gone(&host, &vm, state, &mut changes),
             Event::Owner { vm, owner } => self.owner(&vm, owner, state, &mut changes),
-            Event::Host { realm, host, up } => self.host(&realm, &host, up, state, &mut changes),
+            Event::Host { realm, host, up } => {
+                self.clusters.insert(realm.clone());
+                self.host(&realm, &host, up, state, &mut changes);
+            }
+            Event::Silent { host, silent: false } => drop(self.silent.remove(&host)),
+            Event::Silent { host, silent: true } => self.silent(host, state, &mut changes),
         }
         changes
     }
@@ -264,6 +279,15 @@ impl Follow {
         }
     }
 
+    fn silent(&mut self, host: String, state: &State, changes: &mut Vec<Change>) {
+        let placed = state.vms.iter().filter(|(_, vm)| vm.host.as_deref() == Some(host.as_str()));
+        let placed: Vec<VmKey> = placed.map(|(key, _)| key.clone()).collect();
+        self.silent.insert(host);
+        for key in placed {
+            self.decide(&key, state, changes);
+        }
+    }
+
     fn claims(&self, key: &VmKey) -> impl Iterator<Item = (&str, &Report)> {
         self.vms
             .get(key)
@@ -321,7 +345,9 @@ impl Follow {
             return;
         };
         let holds = self.claims(key).any(|(host, _)| host == current);
-        if newest == current || !report.clustered && holds {
+        let current_is_silent =
+            self.silent.contains(current) && !self.clusters.contains(&key.realm);
+        if newest == current || !report.clustered && holds && !current_is_silent {
             if known.is_some_and(|vm| vm.gone_since_ms.is_some()) {
                 changes.push(place(current));
             }
@@ -333,6 +359,10 @@ impl Follow {
             || self.heard.contains(current) && !self.instance_at(key, current);
         // In a cluster the database has agreed already; elsewhere the old host must have let go.
         if report.clustered || current_is_down || current_said_gone {
+            changes.push(place(newest));
+        } else if current_is_silent {
+            // Nobody says whether it crashed: what it last wrote down of changes is not relied on unseen.
+            changes.push(Change::TrackingUnproven { vm: key.clone() });
             changes.push(place(newest));
         }
     }

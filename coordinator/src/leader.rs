@@ -71,6 +71,8 @@ struct Reign {
     holds: Holds,
     agents: BTreeMap<String, sessions::Agent>,
     storage: BTreeMap<String, sessions::Storage>,
+    /// Since when each host is quiet, and whether that was told as silence.
+    quiet: BTreeMap<String, (std::time::Duration, bool)>,
     next_session: u64,
 }
 
@@ -259,6 +261,7 @@ impl Leader {
             holds: Holds::new(self.settings.lease.duration),
             agents: BTreeMap::new(),
             storage: BTreeMap::new(),
+            quiet: BTreeMap::new(),
             next_session: 1,
         });
     }
@@ -284,6 +287,7 @@ impl Leader {
             self.propose(Change::SetLayout(Box::new(layout))).await?;
         }
         self.end_leases(term).await?;
+        self.listen_for_silence(term);
         self.push_renewals(term).await?;
         if self.keys().is_none() {
             return Ok(());

@@ -47,6 +47,10 @@ impl Lead {
         self.hear(Event::Host { realm: "cluster".into(), host: host.into(), up });
     }
 
+    fn silent(&mut self, host: &str, silent: bool) {
+        self.hear(Event::Silent { host: host.into(), silent });
+    }
+
     fn at(&self, vm: &VmKey) -> Option<(&str, u64)> {
         let vm = self.w.state.vms.get(vm)?;
         Some((vm.host.as_deref()?, vm.placement.0))
@@ -208,6 +212,60 @@ fn f5_a_new_leader_does_not_take_silence_for_letting_go() {
     l.inventory("hv2", vec![alone(&vm)]);
     assert_eq!(l.at(&vm), Some(("hv1", 1)), "hv1 has not attached to this leader yet");
     l.inventory("hv1", vec![]);
+    assert_eq!(l.at(&vm), Some(("hv2", 2)));
+}
+
+#[test]
+fn f12_without_a_cluster_database_a_host_silent_beyond_any_lease_has_let_go_of_what_another_claims() {
+    for silent_first in [true, false] {
+        let mut l = Lead::new();
+        let (vm, other) = (key(1), key(2));
+        l.inventory("hv1", vec![alone(&vm), alone(&other)]);
+        let (job, epoch) = l.w.leased(&vm, "hv1");
+        let crate::state::Outcome::Committed(point) = l.w.commit(job, epoch) else {
+            panic!("not committed")
+        };
+        l.w.bind(job, epoch, point);
+        l.w.finish(job, epoch, true, None);
+        if silent_first {
+            l.silent("hv1", true);
+            assert_eq!(l.at(&vm), Some(("hv1", 1)), "silence alone is not letting go");
+        }
+        l.seen("hv2", alone(&vm));
+        if !silent_first {
+            assert_eq!(l.at(&vm), Some(("hv1", 1)));
+            l.silent("hv1", true);
+        }
+        assert_eq!(l.at(&vm), Some(("hv2", 2)), "silent first: {silent_first}");
+        assert!(l.w.state.bases[&vm].binding.tracking_unproven);
+        assert_eq!(l.at(&other), Some(("hv1", 1)), "nobody else claims it");
+        // Back again, and its old instance claims: the new host keeps what it holds.
+        l.inventory("hv1", vec![alone(&vm), alone(&other)]);
+        assert_eq!(l.at(&vm), Some(("hv2", 2)));
+    }
+}
+
+#[test]
+fn f12_a_host_that_is_heard_again_has_not_let_go() {
+    let mut l = Lead::new();
+    let vm = key(1);
+    l.inventory("hv1", vec![alone(&vm)]);
+    l.silent("hv1", true);
+    l.silent("hv1", false);
+    l.seen("hv2", alone(&vm));
+    assert_eq!(l.at(&vm), Some(("hv1", 1)));
+}
+
+#[test]
+fn f12_where_there_is_a_cluster_database_only_that_calls_a_host_dead() {
+    let mut l = Lead::new();
+    let vm = key(1);
+    l.inventory("hv1", vec![alone(&vm)]);
+    l.node("hv2", true);
+    l.seen("hv2", alone(&vm));
+    l.silent("hv1", true);
+    assert_eq!(l.at(&vm), Some(("hv1", 1)));
+    l.node("hv1", false);
     assert_eq!(l.at(&vm), Some(("hv2", 2)));
 }
 

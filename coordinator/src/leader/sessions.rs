@@ -11,6 +11,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::Status;
 
 use super::{Leader, Progress, Reign};
+use crate::follow::Event;
 use crate::lease::Held;
 use crate::raft::ProposeError;
 use crate::state::hosts::Attached;
@@ -61,6 +62,8 @@ pub(super) struct Agent {
     pub(super) beat: u64,
     /// When it was heard, Unix milliseconds.
     pub(super) heard_ms: u64,
+    /// The same by the leader's own clock.
+    heard: Duration,
     /// When the leader last renewed without being asked.
     pub(super) pushed: Duration,
     _over: DropGuard,
@@ -134,8 +137,17 @@ impl Leader {
             let number = reign.number();
             let told = Told { leases: ended, ..Told::default() };
             let heard_ms = self.member.clock().unix_millis();
-            let agent =
-                Agent { number, boot_id, down, told, beat: 0, heard_ms, pushed, _over: guard };
+            let agent = Agent {
+                number,
+                boot_id,
+                down,
+                told,
+                beat: 0,
+                heard_ms,
+                heard: pushed,
+                pushed,
+                _over: guard,
+            };
             reign.agents.insert(host.clone(), agent);
             Some(number)
         });
@@ -195,6 +207,7 @@ impl Leader {
             };
             agent.beat = agent.beat.max(beat);
             agent.heard_ms = heard_ms;
+            agent.heard = heard;
             for (held, boot_id) in held {
                 if boot_id == agent.boot_id && agent.told.leases.contains_key(&held) {
                     reign.holds.renew(held, heard);
@@ -244,6 +257,40 @@ impl Leader {
                 .map(|(id, lease)| ((id, lease.epoch), lease.boot_id))
                 .collect()
         })
+    }
+
+    /// Tells [`Self::follow`] which hosts have become silent beyond any lease, and which are heard again. A leader that has
+    /// just begun counts from then.
+    pub(super) fn listen_for_silence(&self, term: u64) {
+        let now = self.member.clock().monotonic();
+        let known: Vec<String> =
+            self.member.replica().read(|state| state.hosts.keys().cloned().collect());
+        let news = self.reigning(|reign| {
+            let mut news = Vec::new();
+            for host in known {
+                let attached = reign.agents.get(&host);
+                let since = reign.quiet.entry(host.clone()).or_insert((now, false));
+                if let Some(agent) = attached {
+                    // One that sends no heartbeats is heard as long as its stream stands.
+                    since.0 = if agent.beat == 0 { now } else { since.0.max(agent.heard) };
+                }
+                let silent = now.saturating_sub(since.0) > self.settings.lease.duration;
+                if silent != since.1 {
+                    since.1 = silent;
+                    news.push(Event::Silent { host, silent });
+                }
+            }
+            news
+        });
+        for event in news.into_iter().flatten() {
+            if let Event::Silent { host, silent } = &event {
+                tracing::info!(host, silent, "whether this host's agent is heard");
+            }
+            if self.events.try_send((term, event)).is_err() {
+                // Said again after the next change; a queue this full has other news of hosts.
+                tracing::warn!("what agents reported waits for too long");
+            }
+        }
     }
 
     /// Ends leases whose time is over by the leader's clock.
