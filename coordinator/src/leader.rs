@@ -72,7 +72,7 @@ struct Reign {
     agents: BTreeMap<String, sessions::Agent>,
     storage: BTreeMap<String, sessions::Storage>,
     /// Since when each host is quiet, and whether that was told as silence.
-    quiet: BTreeMap<String, (std::time::Duration, bool)>,
+    quiet: BTreeMap<String, (Duration, bool)>,
     next_session: u64,
 }
 

@@ -216,7 +216,8 @@ fn f5_a_new_leader_does_not_take_silence_for_letting_go() {
 }
 
 #[test]
-fn f12_without_a_cluster_database_a_host_silent_beyond_any_lease_has_let_go_of_what_another_claims() {
+fn f12_without_a_cluster_database_a_host_silent_beyond_any_lease_has_let_go_of_what_another_claims()
+{
     for silent_first in [true, false] {
         let mut l = Lead::new();
         let (vm, other) = (key(1), key(2));

@@ -265,32 +265,26 @@ impl Leader {
         let now = self.member.clock().monotonic();
         let known: Vec<String> =
             self.member.replica().read(|state| state.hosts.keys().cloned().collect());
-        let news = self.reigning(|reign| {
-            let mut news = Vec::new();
+        self.reigning(|reign| {
             for host in known {
                 let attached = reign.agents.get(&host);
-                let since = reign.quiet.entry(host.clone()).or_insert((now, false));
+                let quiet = reign.quiet.entry(host.clone()).or_insert((now, false));
                 if let Some(agent) = attached {
                     // One that sends no heartbeats is heard as long as its stream stands.
-                    since.0 = if agent.beat == 0 { now } else { since.0.max(agent.heard) };
+                    quiet.0 = if agent.beat == 0 { now } else { quiet.0.max(agent.heard) };
                 }
-                let silent = now.saturating_sub(since.0) > self.settings.lease.duration;
-                if silent != since.1 {
-                    since.1 = silent;
-                    news.push(Event::Silent { host, silent });
+                let silent = now.saturating_sub(quiet.0) > self.settings.lease.duration;
+                if silent == quiet.1 {
+                    continue;
+                }
+                // With a full queue it is told at the next look.
+                let event = Event::Silent { host: host.clone(), silent };
+                if self.events.try_send((term, event)).is_ok() {
+                    quiet.1 = silent;
+                    tracing::info!(host, silent, "whether this host's agent is heard");
                 }
             }
-            news
         });
-        for event in news.into_iter().flatten() {
-            if let Event::Silent { host, silent } = &event {
-                tracing::info!(host, silent, "whether this host's agent is heard");
-            }
-            if self.events.try_send((term, event)).is_err() {
-                // Said again after the next change; a queue this full has other news of hosts.
-                tracing::warn!("what agents reported waits for too long");
-            }
-        }
     }
 
     /// Ends leases whose time is over by the leader's clock.

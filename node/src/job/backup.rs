@@ -13,6 +13,7 @@
 //! | the job has committed | hand-over only |
 //! | the duty's checkpoint exists and the journal has begun on it | adopts both: reads only what is missing |
 //! | the checkpoint exists, the journal has not begun | removes it (nothing was read) and starts over |
+//! | the checkpoint is gone, change tracking goes on from its moment | makes a new one and carries over what did not change (`carry`) |
 //! | the checkpoint is gone | starts over with a new one and a new duty; the old journal is void |
 
 use std::sync::Arc;
@@ -22,8 +23,10 @@ use outrider_proto::model::Binding;
 use outrider_proto::rpc::{self, DutyState};
 
 use super::leftovers::Recorded;
-use super::{JobContext, JobError, Outcome, capture, checkpoint, commit, handover, leftovers};
-use crate::hypervisor::Checkpoint;
+use super::{
+    JobContext, JobError, Outcome, capture, carry, checkpoint, commit, handover, leftovers,
+};
+use crate::hypervisor::{Checkpoint, HypervisorError};
 use crate::journal::{Adopted, Journal};
 use crate::pipeline::Stats;
 
@@ -39,8 +42,8 @@ pub(super) struct Open {
 
 /// Where a checkpoint came from.
 pub(super) enum Origin {
-    /// Made by this attempt.
-    Made(checkpoint::How),
+    /// Made by this attempt; with what goes over from one that was lost.
+    Made(checkpoint::How, Option<Box<carry::Carry>>),
     /// Made by an earlier one; the journal tells how far it got.
     Adopted(Box<Adopted>),
 }
@@ -85,7 +88,8 @@ async fn abandon(
     vm: &VmKey,
 ) -> Result<(), JobError> {
     let known = ask(context, message).await?;
-    leftovers::clear(context, vm.guid, &known.duties, known.binding.as_ref(), Recorded::End).await
+    let bound = known.binding.as_ref();
+    leftovers::clear(context, vm.guid, &known.duties, bound, Recorded::End, None).await
 }
 
 async fn ask(context: &JobContext, message: &rpc::JobLease) -> Result<rpc::AskReply, JobError> {
@@ -115,14 +119,17 @@ async fn steps(
             Some(open) => open,
             None => {
                 let bound = known.binding.as_ref();
-                leftovers::clear(context, vm.guid, &known.duties, bound, Recorded::Keep).await?;
+                let carry = carry::find(context, vm.guid, &journal).await?;
+                let spare = carry.as_ref().map(carry::Carry::point);
+                leftovers::clear(context, vm.guid, &known.duties, bound, Recorded::Keep, spare)
+                    .await?;
                 let late = known.duties.iter().any(|d| d.state() == DutyState::Recorded);
                 let made = checkpoint::make(context, message, vm, work, late).await?;
                 warnings.extend(made.warnings.iter().cloned());
                 Open {
                     checkpoint: made.checkpoint,
                     duty: made.duty,
-                    origin: Origin::Made(made.how),
+                    origin: Origin::Made(made.how, carry.map(Box::new)),
                 }
             }
         };
@@ -166,6 +173,8 @@ async fn steps(
                     "checkpoint {:?} went away while it was read; the run started over",
                     open.checkpoint.name
                 ));
+                // Gone with its VM, perhaps: then the end of this lease is on its way.
+                checkpoint::until_here(context, vm.guid).await?;
             }
             Err(e) => return Err(e),
         }
@@ -174,8 +183,10 @@ async fn steps(
 
 /// Whether a checkpoint is not there any more (asked after a failure, so an unanswered question counts as "there").
 async fn is_gone(context: &JobContext, vm: &VmKey, checkpoint: &Checkpoint) -> bool {
-    let found = context.hypervisor.checkpoints(vm.guid).await;
-    found.is_ok_and(|all| all.iter().all(|c| c.id != checkpoint.id))
+    match context.hypervisor.checkpoints(vm.guid).await {
+        Ok(all) => all.iter().all(|c| c.id != checkpoint.id),
+        Err(e) => matches!(e, HypervisorError::NoSuchVm { .. }),
+    }
 }
 
 /// The checkpoint of an open duty of this job that exists and that the journal has begun on.

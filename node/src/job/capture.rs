@@ -1,6 +1,7 @@
 //! What the pipeline is fed with: configuration, disks, and what has to be read of each. Computed once per checkpoint
 //! and journalled, so that whoever continues reads by the same list.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use outrider_proto::rpc::{self, BackupKind};
 
 use super::backup::{Open, Origin};
 use super::base::{BaseDecision, DiskFacts, Known, plan_base};
-use super::{JobContext, JobError};
+use super::{JobContext, JobError, carry};
 use crate::consistency;
 use crate::hypervisor::{FrozenDisk, HypervisorError};
 use crate::journal::{Journal, JournalWriter};
@@ -82,13 +83,32 @@ pub(super) async fn run(
                 detail: "its disks are not those that the job's journal names".into(),
             }));
         }
-        Origin::Made(how) => {
+        Origin::Made(how, carry) => {
             context.phase("querying changes");
-            let start =
-                begin(context, message, vm, work, open, binding, how, &disks, stats, warnings)
-                    .await?;
+            let carried = match carry {
+                Some(carry) => {
+                    carry_over(context, message, open, binding, how, carry, &disks).await?
+                }
+                None => None,
+            };
+            let (start, leaves) = match carried {
+                Some(carried) => (carried.start, carried.leaves),
+                None => {
+                    let begun = begin(
+                        context, message, vm, work, open, binding, how, &disks, stats, warnings,
+                    );
+                    (begun.await?, HashMap::new())
+                }
+            };
             appender.append(&JournalEntry::Start(start.clone())).await?;
-            (start, std::collections::HashMap::new())
+            let list: Vec<(u32, u64, ChunkId)> = leaves
+                .iter()
+                .map(|((disk, leaf), page)| {
+                    (u32::try_from(*disk).unwrap_or(u32::MAX), *leaf, *page)
+                })
+                .collect();
+            appender.leaves(&list).await?;
+            (start, leaves)
         }
     };
     let parent = match &start.parent {
@@ -112,11 +132,45 @@ pub(super) async fn run(
     context.phase("running");
     let tracking_unproven = binding.is_some_and(|b| b.tracking_unproven) && start.parent.is_some();
     let journal = Arc::new(tokio::sync::Mutex::new(appender));
-    let resumed = matches!(open.origin, Origin::Adopted(_));
+    let resumed = matches!(open.origin, Origin::Adopted(_) | Origin::Made(_, Some(_)));
     let pipeline = pipeline.with_journal(journal.clone(), journalled).resumed(resumed);
     // Roots are asked for again at the commit, where nothing is left to do unless storage lost something.
     pipeline.capture().boxed().await?;
     Ok(Captured { pipeline, start, disks, config, machine, tracking_unproven, journal })
+}
+
+/// What of a lost checkpoint goes over to this one; `None`: nothing, for a reason that is logged.
+async fn carry_over(
+    context: &JobContext,
+    message: &rpc::JobLease,
+    open: &Open,
+    binding: Option<&Binding>,
+    how: &super::checkpoint::How,
+    carry: &carry::Carry,
+    disks: &[SourceFacts],
+) -> Result<Option<carry::Carried>, JobError> {
+    let onto = carry::Onto {
+        checkpoint: open.checkpoint.id,
+        taken_unix_ms: how.taken_unix_ms,
+        consistency: consistency::text(how.way.gives).to_owned(),
+        way: how.way.reason.clone(),
+        chunk_size: message.chunk_size,
+        binding,
+        disks: disks.iter().map(|d| (&d.facts, d.path.as_path())).collect(),
+    };
+    match carry::onto(context, carry, &onto).await? {
+        Ok(carried) => {
+            tracing::info!(
+                pages = carried.leaves.len(),
+                "going on from a checkpoint that was lost in a move"
+            );
+            Ok(Some(carried))
+        }
+        Err(reason) => {
+            tracing::warn!(reason, "nothing can be carried over from the lost checkpoint");
+            Ok(None)
+        }
+    }
 }
 
 async fn open_disks(
@@ -269,11 +323,11 @@ async fn everything(context: &JobContext, disk: &SourceFacts) -> Result<JournalD
     })
 }
 
-fn pairs(ranges: &RangeSet) -> Vec<(u64, u64)> {
+pub(super) fn pairs(ranges: &RangeSet) -> Vec<(u64, u64)> {
     ranges.iter().map(|r| (r.start, r.len)).collect()
 }
 
-fn ranges(pairs: &[(u64, u64)]) -> RangeSet {
+pub(super) fn ranges(pairs: &[(u64, u64)]) -> RangeSet {
     pairs.iter().map(|(start, len)| ByteRange::new(*start, *len)).collect()
 }
 

@@ -98,6 +98,26 @@ pub(super) async fn make(
     Ok(Made { checkpoint, duty, how: How { way, taken_unix_ms }, warnings })
 }
 
+/// Waits until a VM is on this host (again).
+pub(super) async fn until_here(context: &JobContext, vm: VmGuid) -> Result<(), JobError> {
+    let started = Instant::now();
+    let mut backoff =
+        Backoff::new(context.times.busy_first, context.times.busy_ceiling, Backoff::any_seed());
+    loop {
+        context.lease.check()?;
+        match context.hypervisor.vm(vm).await {
+            Err(e @ HypervisorError::NoSuchVm { .. }) => {
+                let pause = backoff.next_wait();
+                if started.elapsed() + pause >= VM_WAIT {
+                    return Err(e.into());
+                }
+                tokio::time::sleep(pause).await;
+            }
+            _ => return Ok(()),
+        }
+    }
+}
+
 /// Waits for what passes by itself: migrations, merges, other products' backups, replication.
 async fn until_possible(
     context: &JobContext,

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use outrider_process::backoff::Backoff;
-use outrider_proto::ids::{ChunkId, PointId, VmKey};
+use outrider_proto::ids::{CheckpointId, ChunkId, PointId, VmKey};
 use outrider_proto::journal::JournalEntry;
 use outrider_proto::manifest::Manifest;
 use outrider_proto::model::{Binding, BoundDisk, parse};
@@ -82,6 +82,7 @@ async fn finish_duty(
     duty: &rpc::Duty,
     adopted: Option<&Adopted>,
 ) -> Result<(), JobError> {
+    let point_id = point;
     let bound =
         known.binding.as_ref().map(|b| b.reference_point_id.clone()).filter(|b| !b.is_empty());
     let checkpoints = context.hypervisor.checkpoints(vm.guid).await?;
@@ -135,6 +136,19 @@ async fn finish_duty(
                 return bind(context, &work, named).await;
             }
         }
+        // The checkpoint was lost; what it would have become is there all the same.
+        (None, Some((manifest_id, manifest)))
+            if duty.checkpoint_id == manifest.checkpoint.to_string() =>
+        {
+            if let Some(point) = derived(context, &points, manifest.checkpoint) {
+                let duty =
+                    update_duty(context, duty, DutyState::Converted, None, Some(&point.id)).await?;
+                let older = older();
+                let work =
+                    HandOver { vm, point: point_id, manifest_id, manifest: &manifest, duty, older };
+                return bind(context, &work, point).await;
+            }
+        }
         _ => {}
     }
     // The base stays what it was: the next run decides by the base rule.
@@ -142,6 +156,16 @@ async fn finish_duty(
         remove_unknown(context, vm, before, &points, bound.as_deref()).await?;
     }
     Ok(())
+}
+
+/// The reference point of a checkpoint, where the hypervisor says beforehand which one that is.
+fn derived<'a>(
+    context: &JobContext,
+    points: &'a [ReferencePoint],
+    checkpoint: CheckpointId,
+) -> Option<&'a ReferencePoint> {
+    let id = context.hypervisor.point_of(checkpoint)?;
+    points.iter().find(|p| p.id.eq_ignore_ascii_case(&id))
 }
 
 /// A reference point that appeared since the conversion began, and that nobody recorded, is of unknown origin. Exactly one
@@ -195,6 +219,12 @@ async fn convert_and_bind(
         Err(HypervisorError::CheckpointGone { checkpoint }) => {
             tracing::warn!(checkpoint, "the checkpoint is gone: the base stays what it was");
             let points = context.hypervisor.reference_points(work.vm.guid).await?;
+            if let Some(point) = derived(context, &points, work.manifest.checkpoint) {
+                let duty =
+                    update_duty(context, &work.duty, DutyState::Converted, None, Some(&point.id))
+                        .await?;
+                return bind(context, &HandOver { duty, ..work }, point).await;
+            }
             let before = BeforeConversion {
                 all: existing.iter().map(|p| p.id.clone()).collect(),
                 bound: work.older.clone(),
@@ -261,9 +291,10 @@ async fn clean(context: &JobContext, vm: &VmKey, known: &[rpc::Duty]) -> Result<
     let job = context.lease.job().to_string();
     let (mine, others): (Vec<rpc::Duty>, Vec<rpc::Duty>) =
         duties.into_iter().filter(|d| d.state() != DutyState::Done).partition(|d| d.job_id == job);
-    leftovers::clear(context, vm.guid, &others, now.binding.as_ref(), Recorded::End).await?;
+    let bound = now.binding.as_ref();
+    leftovers::clear(context, vm.guid, &others, bound, Recorded::End, None).await?;
     wait_for_merge(context, vm).await?;
-    leftovers::clear(context, vm.guid, &mine, now.binding.as_ref(), Recorded::End).await
+    leftovers::clear(context, vm.guid, &mine, bound, Recorded::End, None).await
 }
 
 async fn wait_for_merge(context: &JobContext, vm: &VmKey) -> Result<(), JobError> {

@@ -28,7 +28,8 @@ pub(super) async fn run(
         Ok(known) => known,
         Err(e) => return Outcome::failed(e.into(), false),
     };
-    match clear(context, vm.guid, &known.duties, known.binding.as_ref(), Recorded::End).await {
+    let bound = known.binding.as_ref();
+    match clear(context, vm.guid, &known.duties, bound, Recorded::End, None).await {
         Ok(()) => Outcome { data_safe: true, host_clean: true, ..Outcome::default() },
         Err(e) => Outcome::failed(e, false),
     }
@@ -43,13 +44,15 @@ pub(super) enum Recorded {
     Keep,
 }
 
-/// Removes what `duties` and names of ours point to, and ends the duties.
+/// Removes what `duties` and names of ours point to, and ends the duties. Where reference points can be told to be ours, every
+/// one that is not bound goes, too, except `spare`.
 pub(super) async fn clear(
     context: &JobContext,
     vm: VmGuid,
     duties: &[rpc::Duty],
     binding: Option<&rpc::Binding>,
     recorded: Recorded,
+    spare: Option<&str>,
 ) -> Result<(), JobError> {
     context.lease.wait_to_mutate().await?;
     let checkpoints = context.hypervisor.checkpoints(vm).await?;
@@ -73,9 +76,16 @@ pub(super) async fn clear(
             context.hypervisor.destroy_checkpoint(&context.lease, vm, checkpoint).await?;
         }
     }
+    for point in points.iter().filter(|p| context.hypervisor.owns(p)) {
+        let kept = [Some(bound), spare].into_iter().flatten();
+        if !kept.into_iter().any(|id| point.id.eq_ignore_ascii_case(id)) {
+            remove_point(context, vm, &points, &point.id).await?;
+        }
+    }
     for duty in open {
         if !duty.reference_point_id.is_empty()
             && !duty.reference_point_id.eq_ignore_ascii_case(bound)
+            && spare.is_none_or(|s| !duty.reference_point_id.eq_ignore_ascii_case(s))
         {
             remove_point(context, vm, &points, &duty.reference_point_id).await?;
         }
