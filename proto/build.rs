@@ -2,7 +2,7 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files =
-        ["types", "agent", "storage", "operator", "raft"].map(|f| format!("proto/{f}.proto"));
+        ["types", "agent", "storage", "operator", "enrolment", "raft"].map(|f| format!("proto/{f}.proto"));
     for file in &files {
         println!("cargo:rerun-if-changed={file}");
     }

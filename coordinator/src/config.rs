@@ -41,6 +41,9 @@ pub struct Config {
     /// Raft's times.
     #[serde(default)]
     pub raft: RaftConfig,
+    /// Machines that join.
+    #[serde(default)]
+    pub enrolment: EnrolmentConfig,
     /// Bounds of the fabric's work.
     #[serde(default)]
     pub limits: LimitsConfig,
@@ -131,6 +134,21 @@ impl Default for RaftConfig {
             election_min: Duration::from_millis(600),
             election_max: Duration::from_millis(1200),
         }
+    }
+}
+
+/// `[enrolment]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EnrolmentConfig {
+    /// How long certificates of machines that joined are valid; they renew them by themselves.
+    #[serde(with = "time")]
+    pub valid: Duration,
+}
+
+impl Default for EnrolmentConfig {
+    fn default() -> Self {
+        Self { valid: Duration::from_secs(90 * 24 * 3600) }
     }
 }
 

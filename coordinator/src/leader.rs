@@ -25,6 +25,7 @@ use crate::lease::Holds;
 use crate::metrics::{Metrics, gauge};
 use crate::raft::{Member, ProposeError};
 use crate::schedule::{self, Decision, Limits, Live};
+use crate::state::enrolment::Authority;
 use crate::state::facts::{BackupKind, Stats};
 use crate::state::jobs::{NewJob, Work};
 use crate::state::{Change, Outcome};
@@ -49,6 +50,10 @@ pub(crate) struct Settings {
     pub(crate) lease: LeaseConfig,
     pub(crate) storage: StorageConfig,
     pub(crate) limits: Limits,
+    /// The fabric's authority.
+    pub(crate) ca_pem: String,
+    /// The enrolment authority beside this member's certificate.
+    pub(crate) enrolment: Option<Authority>,
 }
 
 /// The leader's work on this member, also while it does not lead. Shared by all services.
@@ -278,6 +283,11 @@ impl Leader {
         let (member, address) = (self.settings.id, &self.settings.address);
         if self.member.replica().read(|state| state.advertised.get(&member) != Some(address)) {
             self.propose(Change::Advertise { member, address: address.clone() }).await?;
+        }
+        if let Some(authority) = &self.settings.enrolment
+            && self.member.replica().read(|state| state.enrolment.authority.is_none())
+        {
+            self.propose(Change::SetEnrolmentAuthority(Box::new(authority.clone()))).await?;
         }
         if let Some(layout) = self
             .member

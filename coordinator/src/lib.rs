@@ -10,6 +10,8 @@
 //! | `leader` | what only the leader knows and does |
 //! | `raft` | the log on sled, the network, proofs of leadership |
 //! | `keys` | keys replicated wrapped, open in memory only |
+//! | `enrolment` | machines that join and renew are signed by an authority that can make nothing else |
+//! | `doors` | one port: members behind mutual TLS, joining machines apart |
 //! | `layout` | the first layout |
 //! | `api` | the services, and who may call them |
 //!
@@ -18,6 +20,8 @@
 mod api;
 mod commit;
 pub mod config;
+mod doors;
+mod enrolment;
 mod follow;
 mod keys;
 mod layout;

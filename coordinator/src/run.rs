@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use outrider_process::clock::{Clock, SystemClock};
 use outrider_process::fs::{self, DirLock, FsError};
+use outrider_process::identity::enrolment::{EnrolmentError, SealedEnrolment};
 use outrider_process::identity::{Identity, IdentityError, Role};
 use outrider_process::metrics::Metrics as ProcessMetrics;
 use outrider_process::observability::{self, Readiness};
@@ -13,20 +14,23 @@ use outrider_process::ports::{self, BindError, Ready};
 use outrider_process::secret::kek::{KekError, KeyEncryptionKey, load_kek};
 use outrider_process::tasks::{TaskGroup, TaskSpawner};
 use tokio::sync::{oneshot, watch};
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::api::agent::AgentService;
+use crate::api::enrolment::{CertificatesService, EnrolmentService};
 use crate::api::operator::OperatorService;
 use crate::api::storage::StorageService;
 use crate::config::{Config, ConfigConflict};
+use crate::doors;
+use crate::enrolment::Enroller;
 use crate::keys::{self, KeyRing, KeysError};
 use crate::leader::{Leader, Settings};
 use crate::metrics::Metrics;
 use crate::raft::{Member, RaftService, RaftTimes, StartError, Store, StoreError};
 use crate::schedule::Limits;
 use crate::state::Change;
+use crate::state::enrolment::Authority;
 
 /// How long tasks may take to leave.
 const GRACE: Duration = Duration::from_secs(5);
@@ -62,6 +66,9 @@ pub enum CoordinatorError {
     /// Keys that it does not open.
     #[error("this coordinator must not serve")]
     Keys(#[from] KeysError),
+    /// Enrolment authority.
+    #[error("the enrolment authority beside this coordinator's certificate cannot be used")]
+    Enrolment(#[from] EnrolmentError),
     /// Data directory.
     #[error("the data directory cannot be used")]
     Fs(#[from] FsError),
@@ -95,6 +102,10 @@ pub async fn run(
     config.validate()?;
     let identity = Arc::new(identity(&config)?);
     let kek = load_kek(&config.kek_file)?;
+    let enrolment = SealedEnrolment::load(&config.identity_dir)?;
+    if let Some(sealed) = &enrolment {
+        sealed.open(&config.fabric.to_string(), &kek)?;
+    }
     fs::create_dir_durable(&config.data_dir)?;
     let _lock = DirLock::acquire(&config.data_dir)?;
     let store = open_store(&config.data_dir.join("db")).await?;
@@ -119,13 +130,15 @@ pub async fn run(
     let member = Member::start(config.id, store, Arc::clone(&identity), times, clock).await?;
     let mut process_metrics = ProcessMetrics::new("coordinator", &config.name);
     let metrics = Metrics::register(process_metrics.of("coordinator"));
-    let (leader, queue) = Leader::new(member.clone(), settings(&config), metrics);
+    let (leader, queue) = Leader::new(member.clone(), settings(&config, &identity, enrolment), metrics);
     if let Some(keys) = opened {
         leader.set_keys(keys);
     }
 
     let failed: CancellationToken = CancellationToken::new();
-    let served = serve(&leader, &identity, listener, &group, failed.clone())?;
+    let enroller =
+        Arc::new(Enroller::new(config.fabric.to_string(), kek.clone(), config.enrolment.valid));
+    let served = serve(&leader, &enroller, &identity, listener, &group, failed.clone())?;
     member.bootstrap(&config.member_addresses()).await?;
     {
         let (leader, stop) = (Arc::clone(&leader), group.token());
@@ -224,7 +237,11 @@ fn identity(config: &Config) -> Result<Identity, CoordinatorError> {
     })
 }
 
-fn settings(config: &Config) -> Settings {
+fn settings(
+    config: &Config,
+    identity: &Identity,
+    enrolment: Option<SealedEnrolment>,
+) -> Settings {
     let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     Settings {
         fabric: config.fabric,
@@ -239,6 +256,8 @@ fn settings(config: &Config) -> Settings {
             back_off_ms: millis(config.limits.back_off),
             back_off_max_ms: millis(config.limits.back_off_max),
         },
+        ca_pem: String::from_utf8_lossy(identity.authority_pem()).into_owned(),
+        enrolment: enrolment.map(|e| Authority { cert_pem: e.cert_pem, key: e.key }),
     }
 }
 
@@ -246,18 +265,22 @@ type Served = oneshot::Receiver<Result<(), tonic::transport::Error>>;
 
 fn serve(
     leader: &Arc<Leader>,
+    enroller: &Arc<Enroller>,
     identity: &Identity,
     listener: tokio::net::TcpListener,
     group: &TaskGroup,
     failed: CancellationToken,
 ) -> Result<Served, CoordinatorError> {
     let tasks = group.spawner();
-    let router = Server::builder()
-        .tls_config(identity.tonic_server_tls())
-        .map_err(CoordinatorError::Server)?
-        .http2_keepalive_interval(Some(PING))
-        .http2_keepalive_timeout(Some(PONG))
-        .tcp_nodelay(true)
+    let (doors, passing) = doors::open(listener, identity, tasks.clone())?;
+    let server = || {
+        Server::builder().http2_keepalive_interval(Some(PING)).http2_keepalive_timeout(Some(PONG))
+    };
+    let joining = server()
+        .concurrency_limit_per_connection(1)
+        .add_service(EnrolmentService::server(Arc::clone(leader), Arc::clone(enroller)));
+    let router = server()
+        .add_service(CertificatesService::server(Arc::clone(leader), Arc::clone(enroller)))
         .add_service(RaftService::server(leader.member().raft().clone()))
         .add_service(AgentService::server(Arc::clone(leader), tasks.clone()))
         .add_service(StorageService::server(Arc::clone(leader), tasks.clone()))
@@ -265,13 +288,17 @@ fn serve(
     let (done, served) = oneshot::channel();
     let stop = group.token();
     group.spawn_critical("gRPC", async move {
-        let incoming = TcpListenerStream::new(listener);
         // Streams live as long as their sessions; the server does not wait for clients that keep connections open.
         let result = tokio::select! {
-            result = router.serve_with_incoming(incoming) => {
+            result = router.serve_with_incoming(doors.members) => {
                 failed.cancel();
                 result
             }
+            result = joining.serve_with_incoming(doors.joining) => {
+                failed.cancel();
+                result
+            }
+            () = passing => Ok(()),
             () = stop.cancelled() => Ok(()),
         };
         let _ = done.send(result);

@@ -8,6 +8,7 @@ pub(crate) mod bindings;
 pub(crate) mod change;
 pub(crate) mod domains;
 pub(crate) mod duties;
+pub(crate) mod enrolment;
 pub(crate) mod facts;
 pub(crate) mod groups;
 pub(crate) mod hosts;
@@ -33,6 +34,7 @@ pub(crate) use change::{Change, Command, Outcome, Refusal};
 use bindings::Base;
 use domains::Keys;
 use duties::{Cleanups, Duty};
+use enrolment::Enrolment;
 use groups::Group;
 use hosts::Host;
 use jobs::Jobs;
@@ -48,6 +50,8 @@ pub(crate) struct State {
     pub(crate) keys: Option<Keys>,
     /// Addresses under which members want to be reached, by member; told by each one that has led.
     pub(crate) advertised: BTreeMap<u64, String>,
+    /// Who may join, and who has.
+    pub(crate) enrolment: Enrolment,
     /// By name.
     pub(crate) hosts: BTreeMap<String, Host>,
     /// All VMs that were ever seen.
@@ -91,6 +95,10 @@ impl State {
                 self.advertised.insert(member, address);
                 Outcome::Done
             }
+            Change::SetEnrolmentAuthority(authority) => self.set_enrolment_authority(*authority),
+            Change::CreateToken(token) => self.create_token(*token, now),
+            Change::RevokeToken { public_key, by } => self.revoke_token(public_key, by),
+            Change::Enrol(enrol) => self.enrol(*enrol, now),
             Change::HostAttached(host) => self.host_attached(host, now),
             Change::HostUp { host } => self.host_up(&host, now),
             Change::HostDown { host } => self.host_down(&host, now),

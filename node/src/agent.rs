@@ -19,6 +19,7 @@ use outrider_process::clock::{Clock, SystemClock};
 use outrider_process::identity::{Identity, Role};
 use outrider_process::leader::LeaderClient;
 use outrider_process::metrics::Metrics;
+use outrider_process::renewal::keep_fresh;
 use outrider_process::observability::{self, Readiness};
 use outrider_process::tasks::TaskGroup;
 use outrider_proto::ids::FabricId;
@@ -102,7 +103,8 @@ pub async fn run(
         StoreLimits { in_flight: config.limits.in_flight.as_usize(), ..StoreLimits::default() };
     let storage = StoreClient::new(&identity, fabric, layout_seen, ClientRole::Agent, store_limits)
         .map_err(|e| NodeError::Storage(e.to_string()))?;
-    let leader = Arc::new(LeaderClient::new(config.coordinators.clone(), identity));
+    let leader = Arc::new(LeaderClient::new(config.coordinators.clone(), Arc::clone(&identity)));
+    tasks.spawn("renewal", keep_fresh(identity, Arc::clone(&leader), tasks.token()));
     let agent = Arc::new(Agent {
         fabric,
         hypervisor,

@@ -61,6 +61,9 @@ codes! {
     UNKNOWN_HOST = "OUT-C-0014", Refused, "No host of that name is known.", "List the hosts with `outrider host list`.";
     BUSY = "OUT-C-0015", Retry, "Another job works on this VM.", "Wait for it, or cancel it with `outrider job cancel`.";
     KEK_WRONG = "OUT-C-0016", Refused, "The key-encryption key does not open this fabric's keys.", "Start the coordinator with the key file made by `outrider fabric init`, or with the recovery kit.";
+    TOKEN_REFUSED = "OUT-C-0017", Refused, "The join token is unknown, expired, used up, revoked, or for another name.", "Make a new one with `outrider fabric token create`, and copy the whole line.";
+    NAME_HELD = "OUT-C-0018", Refused, "A member of this role and name exists already, with another key.", "Join under another name, or make a token for this name with --replace.";
+    NO_ENROLMENT = "OUT-C-0019", Refused, "The coordinators have no enrolment authority.", "Put enrol.pem and enrol.key, made by `outrider fabric init`, into a coordinator's identity folder and start it again; or issue the identity with `outrider fabric issue`.";
     STORAGE_FULL = "OUT-S-0001", Refused, "A storage node has no space left.", "Add storage, or let retention remove points.";
     STORAGE_UNREACHABLE = "OUT-S-0002", Retry, "Too few storage nodes can be reached.", "Start the storage nodes named; check that UDP to their port is not blocked.";
     CHUNK_LOST = "OUT-S-0003", Broken, "No replica has a readable copy of a chunk.", "Start the storage nodes that are down; if none has it, back the VM up again and restore another point.";

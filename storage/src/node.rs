@@ -7,6 +7,7 @@ use std::time::Duration;
 use outrider_process::clock::SystemClock;
 use outrider_process::identity::{Identity, IdentityError};
 use outrider_process::leader::LeaderClient;
+use outrider_process::renewal::keep_fresh;
 use outrider_process::metrics::Metrics;
 use outrider_process::observability::{self, Readiness};
 use outrider_process::ports::{self, BindError, Ready};
@@ -254,8 +255,11 @@ pub async fn run(
             observability::serve(address, Arc::new(metrics), readiness_view, &tasks).await?;
         told = told.with("observability", bound);
     }
+    let leader = Arc::new(LeaderClient::new(config.coordinators.clone(), Arc::clone(&identity)));
+    let renewal = keep_fresh(identity, Arc::clone(&leader), tasks.token());
+    tasks.spawn("renewal", renewal);
     let registry = Registry {
-        leader: LeaderClient::new(config.coordinators.clone(), identity),
+        leader,
         fabric: config.fabric,
         node: server.described.clone(),
         store: Arc::clone(&server.store),

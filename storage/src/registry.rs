@@ -54,7 +54,7 @@ impl Facts {
 /// The task that keeps the stream.
 pub struct Registry {
     /// Finds the leader.
-    pub leader: LeaderClient,
+    pub leader: Arc<LeaderClient>,
     /// Fabric.
     pub fabric: FabricId,
     /// How this node describes itself.

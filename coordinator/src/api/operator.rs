@@ -1,6 +1,7 @@
 //! The operators' side: everything that the command line, the console and scripts use.
 
 mod names;
+mod tokens;
 mod view;
 mod watch;
 
@@ -67,6 +68,15 @@ impl OperatorService {
         let id = job.id;
         self.propose(Change::CreateJob(Box::new(job))).await?;
         self.job(id)
+    }
+
+    fn token(&self, public_key: &[u8; 32]) -> Result<rpc::JoinToken, Status> {
+        let now = self.leader.member().clock().unix_millis();
+        self.read(|state| {
+            let token = state.enrolment.tokens.get(&hex::encode(public_key))?;
+            Some(tokens::view(public_key, token, now))
+        })
+        .ok_or_else(|| Status::unavailable("the token was just forgotten"))
     }
 
     fn job(&self, id: JobId) -> Result<rpc::Job, Status> {
@@ -361,6 +371,46 @@ impl Operator for OperatorService {
             keys: Some(keys.default_domain().0.as_ref().into()),
             layout: wire_layout(&self.leader.layout()),
         }))
+    }
+
+    async fn create_join_token(
+        &self,
+        request: Request<rpc::CreateJoinTokenRequest>,
+    ) -> Result<Response<rpc::JoinToken>, Status> {
+        let peer = self.enter(&request).await?;
+        let new = tokens::parse(request.into_inner(), peer.name.clone())?;
+        let key = new.public_key;
+        let (role, name, replace) = (new.role, new.name.clone(), new.replace);
+        self.propose(Change::CreateToken(Box::new(new))).await?;
+        let token = self.token(&key)?;
+        tracing::info!(
+            operator = peer.name, token = token.token_id, %role, name, replace, uses = token.uses,
+            "a join token was made"
+        );
+        Ok(Response::new(token))
+    }
+
+    async fn list_join_tokens(
+        &self,
+        request: Request<rpc::ListJoinTokensRequest>,
+    ) -> Result<Response<rpc::ListJoinTokensReply>, Status> {
+        self.enter(&request).await?;
+        let now = self.leader.member().clock().unix_millis();
+        let tokens = self.read(|state| tokens::list(state, now));
+        Ok(Response::new(rpc::ListJoinTokensReply { tokens }))
+    }
+
+    async fn revoke_join_token(
+        &self,
+        request: Request<rpc::RevokeJoinTokenRequest>,
+    ) -> Result<Response<rpc::JoinToken>, Status> {
+        let peer = self.enter(&request).await?;
+        let id = request.into_inner().token_id;
+        let public_key = self.read(|state| tokens::find(state, &id))?;
+        self.propose(Change::RevokeToken { public_key, by: peer.name.clone() }).await?;
+        let token = self.token(&public_key)?;
+        tracing::info!(operator = peer.name, token = token.token_id, "a join token was revoked");
+        Ok(Response::new(token))
     }
 }
 

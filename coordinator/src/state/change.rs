@@ -1,6 +1,7 @@
 //! Commands: the only ways to change the state, and their answers. They are the Raft log, so they live on disk: fields
 //! are added with `#[serde(default)]`, never renamed or retyped.
 
+use outrider_process::identity::Role;
 use outrider_proto::error_code::{self, ErrorCode};
 use outrider_proto::ids::{
     DutyId, GroupId, JobId, LeaseEpoch, PlacementEpoch, PointId, VmIncarnation, VmKey,
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::domains::Keys;
 use super::duties::{DutyStep, NewDuty};
+use super::enrolment::{Authority, Enrol, NewToken};
 use super::groups::{NewGroup, Policy};
 use super::hosts::Attached;
 use super::jobs::{NewJob, Report};
@@ -36,6 +38,14 @@ pub(crate) enum Change {
     CreateKeys(Box<Keys>),
     /// The leader says where agents and operators reach it.
     Advertise { member: u64, address: String },
+    /// The first one is kept: what signs those that join.
+    SetEnrolmentAuthority(Box<Authority>),
+    /// An operator lets machines join.
+    CreateToken(Box<NewToken>),
+    /// An operator takes it back.
+    RevokeToken { public_key: [u8; 32], by: String },
+    /// A machine joins.
+    Enrol(Box<Enrol>),
     /// An agent said hello.
     HostAttached(Attached),
     /// The cluster calls a host up.
@@ -146,6 +156,34 @@ pub(crate) enum Refusal {
     NotLeasable(JobId),
     #[error("storage node {node} restarted as {current}; {found} is older")]
     StaleStorageNode { node: String, current: u64, found: u64 },
+    #[error(
+        "join token {0} is not known to this fabric; make one with `outrider fabric token create`"
+    )]
+    UnknownToken(String),
+    #[error(
+        "join token {id} expired {} ago; make a new one with `outrider fabric token create`",
+        ago(*.ago_ms)
+    )]
+    TokenExpired { id: String, ago_ms: u64 },
+    #[error(
+        "join token {id} is used up: {by} joined by it; make a new one with `outrider fabric token create`"
+    )]
+    TokenUsedUp { id: String, by: String },
+    #[error(
+        "join token {id} was revoked by {by}; ask them, or make a new one with `outrider fabric token create`"
+    )]
+    TokenRevoked { id: String, by: String },
+    #[error(
+        "join token {id} is for {wanted:?} alone, not for {found:?}; make one for that name with `outrider fabric token create`"
+    )]
+    TokenName { id: String, wanted: String, found: String },
+    #[error(
+        "a {role} named {name:?} is a member already, with another key; if this machine is to take its place, make a \
+         token with `outrider fabric token create --role {role} --name {name:?} --replace`"
+    )]
+    NameHeld { role: Role, name: String },
+    #[error("there are {0} join tokens already; wait until old ones expire")]
+    TooManyTokens(usize),
     #[error("layout epoch {found} does not follow {current}")]
     StaleLayout { current: u64, found: u64 },
 }
@@ -162,6 +200,13 @@ impl Refusal {
             Self::NameTaken(_) => &error_code::AMBIGUOUS_NAME,
             Self::VmTaken { .. } => &error_code::VM_TAKEN,
             Self::Busy { .. } => &error_code::BUSY,
+            Self::UnknownToken(_)
+            | Self::TokenExpired { .. }
+            | Self::TokenUsedUp { .. }
+            | Self::TokenRevoked { .. }
+            | Self::TokenName { .. }
+            | Self::TooManyTokens(_) => &error_code::TOKEN_REFUSED,
+            Self::NameHeld { .. } => &error_code::NAME_HELD,
             Self::UnknownDuty(_)
             | Self::WrongKind { .. }
             | Self::WrongPoint { .. }
@@ -171,6 +216,12 @@ impl Refusal {
             | Self::StaleLayout { .. } => &error_code::DENIED,
         }
     }
+}
+
+/// A time in the largest units that tell it.
+fn ago(ms: u64) -> String {
+    let seconds = std::time::Duration::from_secs(ms.div_ceil(1000));
+    humantime::format_duration(seconds).to_string()
 }
 
 impl From<Refusal> for Outcome {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outrider_coordinator::config::{
-    LeaseConfig, LimitsConfig, MemberConfig, RaftConfig, StorageConfig,
+    EnrolmentConfig, LeaseConfig, LimitsConfig, MemberConfig, RaftConfig, StorageConfig,
 };
 use outrider_coordinator::{Config, CoordinatorError, run};
 use outrider_process::identity::ca::FabricCa;
@@ -108,6 +108,7 @@ impl Fabric {
             lease: LeaseConfig { duration: LEASE, renew: LEASE / 3, cutoff: LEASE * 2 / 3 },
             storage: StorageConfig::default(),
             raft: RaftConfig::default(),
+            enrolment: EnrolmentConfig::default(),
             limits: LimitsConfig { back_off: Duration::from_millis(50), ..LimitsConfig::default() },
             observability: None,
             telemetry: TraceConfig::default(),

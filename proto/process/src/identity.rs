@@ -5,18 +5,27 @@
 //! client that means a coordinator cannot be answered by a storage node. Every connection is
 //! mutually authenticated TLS 1.3; nothing else is offered.
 //!
-//! An identity directory holds `ca.pem`, `cert.pem`, `key.pem` and `sign.pk8` ([`sign`]).
+//! An identity directory holds `ca.pem`, `cert.pem`, `key.pem` and `sign.pk8` ([`sign`]). It is issued beside the
+//! authority ([`ca`]), or the machine makes its keys itself and has them signed: by a join [`token`], over connections of
+//! their own ([`joining`]), by the coordinators' [`enrolment`] authority.
 
 pub mod ca;
+mod current;
+pub mod enrolment;
 mod error;
+pub mod joining;
 mod peer;
 pub mod sign;
 mod tls;
+pub mod token;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+use current::{Current, Pem, Shown};
 
 pub use error::{IdentityError, PeerError};
 pub use peer::{PeerName, Role, peer_of, peer_of_connection, peer_of_request};
@@ -28,6 +37,9 @@ mod file {
     pub(super) const CERT: &str = "cert.pem";
     pub(super) const KEY: &str = "key.pem";
     pub(super) const SIGN: &str = "sign.pk8";
+    /// Coordinators only.
+    pub(super) const ENROL_CERT: &str = "enrol.pem";
+    pub(super) const ENROL_KEY: &str = "enrol.key";
 }
 
 /// The proven identity of this process.
@@ -36,24 +48,9 @@ pub struct Identity {
     peer: PeerName,
     dir: PathBuf,
     ca: CertificateDer<'static>,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-    pem: Pem,
+    ca_pem: Vec<u8>,
+    current: Arc<Current>,
     signing: SigningKey,
-    not_after: i64,
-}
-
-/// tonic takes PEM only.
-struct Pem {
-    ca: Vec<u8>,
-    cert: Vec<u8>,
-    key: zeroize::Zeroizing<Vec<u8>>,
-}
-
-impl std::fmt::Debug for Pem {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Pem(..)")
-    }
 }
 
 impl Identity {
@@ -66,37 +63,33 @@ impl Identity {
     /// [`IdentityError`]: a sentence for the operator each; nothing to retry before they acted.
     pub fn load(dir: &Path) -> Result<Self, IdentityError> {
         tls::install_provider();
-        let pem = Pem {
-            ca: read(&dir.join(file::CA))?,
-            cert: read(&dir.join(file::CERT))?,
-            key: read_private(&dir.join(file::KEY))?,
-        };
+        let ca_pem = read(&dir.join(file::CA))?;
+        let ca = CertificateDer::from_pem_slice(&ca_pem).map_err(|_| {
+            IdentityError::Unreadable { path: dir.join(file::CA), expected: "a PEM certificate" }
+        })?;
+        let (peer, shown) = shown(dir, &ca)?;
         let signing_path = dir.join(file::SIGN);
         let signing = SigningKey::from_pkcs8(&read_private(&signing_path)?)
             .ok_or(IdentityError::Unreadable { path: signing_path, expected: "an Ed25519 key" })?;
+        let current = Arc::new(Current::new(shown));
+        Ok(Self { peer, dir: dir.to_owned(), ca, ca_pem, current, signing })
+    }
 
-        let (cert_path, key_path) = (dir.join(file::CERT), dir.join(file::KEY));
-        let ca = CertificateDer::from_pem_slice(&pem.ca).map_err(|_| {
-            IdentityError::Unreadable { path: dir.join(file::CA), expected: "a PEM certificate" }
-        })?;
-        let chain = CertificateDer::pem_slice_iter(&pem.cert)
-            .collect::<Result<Vec<_>, _>>()
-            .ok()
-            .filter(|chain| !chain.is_empty())
-            .ok_or_else(|| IdentityError::Unreadable {
-                path: cert_path.clone(),
-                expected: "a PEM certificate",
-            })?;
-        let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|_| {
-            IdentityError::Unreadable { path: key_path.clone(), expected: "a PEM private key" }
-        })?;
-
-        let peer = peer_of(&chain)
-            .map_err(|source| IdentityError::NotOurs { path: cert_path.clone(), source })?;
-        let not_after = tls::check_validity(&cert_path, &peer, &chain[0])?;
-        tls::check_key(&cert_path, &key_path, &chain, &key)?;
-        tls::check_issuer(dir, &peer, &ca, &chain)?;
-        Ok(Self { peer, dir: dir.to_owned(), ca, chain, key, pem, signing, not_after })
+    /// Reads the certificate again, which was renewed. Handshakes from now on show it.
+    ///
+    /// # Errors
+    /// [`IdentityError`]; the old certificate stays in use.
+    pub fn reload(&self) -> Result<(), IdentityError> {
+        let (peer, shown) = shown(&self.dir, &self.ca)?;
+        if peer != self.peer {
+            return Err(IdentityError::Changed {
+                dir: self.dir.clone(),
+                expected: self.peer.clone(),
+                found: peer.to_string(),
+            });
+        }
+        self.current.replace(shown);
+        Ok(())
     }
 
     /// The name in our own certificate.
@@ -109,6 +102,16 @@ impl Identity {
         &self.dir
     }
 
+    /// The authority's certificate.
+    pub fn authority(&self) -> &CertificateDer<'static> {
+        &self.ca
+    }
+
+    /// The authority's certificate as PEM.
+    pub fn authority_pem(&self) -> &[u8] {
+        &self.ca_pem
+    }
+
     /// The key that signs receipts and tickets; its public half is registered with the
     /// coordinator over mutual TLS and stands in no certificate.
     pub fn signing_key(&self) -> &SigningKey {
@@ -117,8 +120,46 @@ impl Identity {
 
     /// When the certificate ends, in seconds since 1970.
     pub fn not_after_unix(&self) -> i64 {
-        self.not_after
+        self.current.validity().1
     }
+
+    /// When the certificate began, in seconds since 1970.
+    pub fn not_before_unix(&self) -> i64 {
+        self.current.validity().0
+    }
+
+    fn chain_and_key(&self) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+        self.current.chain_and_key()
+    }
+}
+
+/// Reads and checks certificate and key of a directory.
+fn shown(dir: &Path, ca: &CertificateDer<'static>) -> Result<(PeerName, Shown), IdentityError> {
+    let (cert_path, key_path) = (dir.join(file::CERT), dir.join(file::KEY));
+    let pem = Pem { cert: read(&cert_path)?, key: read_private(&key_path)? };
+    let chain = CertificateDer::pem_slice_iter(&pem.cert)
+        .collect::<Result<Vec<_>, _>>()
+        .ok()
+        .filter(|chain| !chain.is_empty())
+        .ok_or_else(|| IdentityError::Unreadable {
+            path: cert_path.clone(),
+            expected: "a PEM certificate",
+        })?;
+    let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|_| IdentityError::Unreadable {
+        path: key_path.clone(),
+        expected: "a PEM private key",
+    })?;
+    let peer = peer_of(&chain)
+        .map_err(|source| IdentityError::NotOurs { path: cert_path.clone(), source })?;
+    let (not_before, not_after) = tls::check_validity(&cert_path, &peer, &chain[0])?;
+    let certified = Arc::new(tls::certified(&cert_path, &key_path, &chain, &key)?);
+    tls::check_issuer(dir, &peer, ca, &chain)?;
+    Ok((peer, Shown { certified, key, pem: Arc::new(pem), not_before, not_after }))
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {

@@ -162,6 +162,11 @@ impl LeaderClient {
         }
     }
 
+    /// Connections from now on are made with the identity as it is now. Calls under way go on.
+    pub fn renewed(&self) {
+        self.lock().channels.clear();
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         // The state is a hint: a panic elsewhere cannot have left it wrong in a way that matters.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

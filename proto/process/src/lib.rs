@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`tasks`], [`signals`] | every task has a name, an owner that joins it and a way to stop |
 //! | [`identity`] | mutual TLS 1.3 inside one fabric; a certificate names a role and a host |
+//! | [`join`], [`renewal`] | a machine becomes a member by a token, and its certificate stays fresh |
 //! | [`leader`] | calls reach the coordinator that leads, wherever it is now |
 //! | [`secret`] | keys that cannot be printed, and the key-encryption key that wraps them |
 //! | [`telemetry`] | logs and OTLP traces; one trace crosses processes |
@@ -21,10 +22,12 @@ pub mod clock;
 pub mod config;
 pub mod fs;
 pub mod identity;
+pub mod join;
 pub mod leader;
 pub mod metrics;
 pub mod observability;
 pub mod ports;
+pub mod renewal;
 pub mod secret;
 pub mod signals;
 pub mod tasks;

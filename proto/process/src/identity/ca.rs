@@ -5,14 +5,17 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose, NameConstraints, SanType, SerialNumber,
 };
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use super::enrolment::{ENROLLED, SealedEnrolment};
+use super::peer::name_of;
 use super::{IdentityError, PeerName, Role, SigningKey, file, read, read_private};
 use crate::fs;
+use crate::secret::kek::KeyEncryptionKey;
 use crate::secret::{Secret, SecretBytes};
 
 /// File of the authority's key.
@@ -22,7 +25,7 @@ const CA_KEY: &str = "ca.key";
 const CA_VALIDITY: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
 
 /// Certificates begin a little earlier, for machines whose clocks lag.
-const BACKDATED: Duration = Duration::from_secs(3600);
+pub(crate) const BACKDATED: Duration = Duration::from_secs(3600);
 
 /// The authority of one fabric.
 pub struct FabricCa {
@@ -63,7 +66,8 @@ impl FabricCa {
         let now = SystemTime::now();
         let mut params = params(&peer, now - BACKDATED, now + CA_VALIDITY)?;
         params.distinguished_name = common_name(&format!("outrider fabric {fabric}"));
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        // One level below it: the enrolment authority.
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let cert_pem = params.self_signed(&key).map_err(IdentityError::Issue)?.pem();
         Ok(Self { fabric: fabric.to_owned(), cert_pem, key })
@@ -81,7 +85,7 @@ impl FabricCa {
             .map_err(|_| unreadable(&cert_path, "a PEM certificate"))?;
         let der = CertificateDer::from_pem_slice(cert_pem.as_bytes())
             .map_err(|_| unreadable(&cert_path, "a PEM certificate"))?;
-        let fabric = super::peer_of(&[der])
+        let fabric = name_of(&der)
             .map_err(|source| IdentityError::NotOurs { path: cert_path.clone(), source })?
             .fabric;
         let key_pem = read_private(&key_path)?;
@@ -138,14 +142,7 @@ impl FabricCa {
         not_after: SystemTime,
     ) -> Result<IssuedIdentity, IdentityError> {
         let peer = checked(&self.fabric, role, name)?;
-        let mut params = params(&peer, not_before, not_after)?;
-        let dns = role.server_name().try_into().map_err(IdentityError::Issue)?;
-        params.subject_alt_names.push(SanType::DnsName(dns));
-        params.distinguished_name = common_name(&format!("outrider {role}"));
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.use_authority_key_identifier_extension = true;
+        let params = member_params(&peer, not_before, not_after)?;
         let key = KeyPair::generate().map_err(IdentityError::Issue)?;
         let issuer =
             Issuer::from_ca_cert_pem(&self.cert_pem, &self.key).map_err(IdentityError::Issue)?;
@@ -157,6 +154,33 @@ impl FabricCa {
             key_pem: SecretBytes::new(key.serialize_pem().into_bytes()),
             sign_pkcs8: SigningKey::generate_pkcs8(),
         })
+    }
+}
+
+impl FabricCa {
+    /// Makes the intermediate that coordinators hold to let hosts and storage nodes join: see [`super::enrolment`].
+    ///
+    /// # Errors
+    /// [`IdentityError::Issue`].
+    pub fn enrolment(&self, kek: &KeyEncryptionKey) -> Result<SealedEnrolment, IdentityError> {
+        let peer = checked(&self.fabric, Role::Coordinator, "enrolment")?;
+        let key = KeyPair::generate().map_err(IdentityError::Issue)?;
+        let now = SystemTime::now();
+        let mut params = params(&peer, now - BACKDATED, now + CA_VALIDITY)?;
+        params.distinguished_name = common_name(&format!("outrider enrolment {}", self.fabric));
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.name_constraints = Some(NameConstraints {
+            permitted_subtrees: ENROLLED
+                .map(|role| GeneralSubtree::DnsName(role.server_name()))
+                .to_vec(),
+            excluded_subtrees: Vec::new(),
+        });
+        params.use_authority_key_identifier_extension = true;
+        let issuer =
+            Issuer::from_ca_cert_pem(&self.cert_pem, &self.key).map_err(IdentityError::Issue)?;
+        let cert = params.signed_by(&key, &issuer).map_err(IdentityError::Issue)?;
+        Ok(SealedEnrolment::seal(&self.fabric, cert.pem(), &key, kek))
     }
 }
 
@@ -174,13 +198,30 @@ impl IssuedIdentity {
     }
 }
 
-fn checked(fabric: &str, role: Role, name: &str) -> Result<PeerName, IdentityError> {
+pub(super) fn checked(fabric: &str, role: Role, name: &str) -> Result<PeerName, IdentityError> {
     for part in [fabric, name] {
         if !PeerName::is_valid_name(part) {
             return Err(IdentityError::Name { role, name: part.to_owned() });
         }
     }
     Ok(PeerName { fabric: fabric.to_owned(), role, name: name.to_owned() })
+}
+
+/// What the certificate of a member says.
+pub(super) fn member_params(
+    peer: &PeerName,
+    not_before: SystemTime,
+    not_after: SystemTime,
+) -> Result<CertificateParams, IdentityError> {
+    let mut params = params(peer, not_before, not_after)?;
+    let dns = peer.role.server_name().try_into().map_err(IdentityError::Issue)?;
+    params.subject_alt_names.push(SanType::DnsName(dns));
+    params.distinguished_name = common_name(&format!("outrider {}", peer.role));
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.use_authority_key_identifier_extension = true;
+    Ok(params)
 }
 
 fn params(

@@ -113,6 +113,19 @@ pub enum IdentityError {
     /// The certificate cannot be made.
     #[error("cannot make a certificate")]
     Issue(#[source] rcgen::Error),
+    /// A renewed certificate is not the old one's.
+    #[error(
+        "the certificate in {dir} changed from {expected} to {found} while this process ran; start it again, or put the \
+         old one back"
+    )]
+    Changed {
+        /// The identity directory.
+        dir: PathBuf,
+        /// Whose identity the process has.
+        expected: PeerName,
+        /// Whose certificate is there now, or another authority's.
+        found: String,
+    },
     /// The TLS library refuses the identity.
     #[error("the identity cannot be used for TLS")]
     Tls(#[source] rustls::Error),
@@ -132,6 +145,14 @@ pub enum PeerError {
     Names {
         /// How many `outrider://` names it has.
         count: usize,
+    },
+    /// Role and DNS name disagree.
+    #[error("{uri} does not go with the DNS name {dns:?} in the same certificate")]
+    Role {
+        /// The name.
+        uri: String,
+        /// DNS names of the certificate.
+        dns: String,
     },
     /// The name is malformed.
     #[error("{uri} is no fabric name (outrider://fabric/role/name)")]

@@ -109,24 +109,40 @@ impl fmt::Display for PeerName {
 
 /// The name in a verified certificate chain.
 ///
-/// It reads, it does not verify: give it only what a TLS handshake accepted.
+/// It reads, it does not verify: give it only what a TLS handshake accepted. Its DNS name must be that of its role: what
+/// the enrolment authority may sign is limited by DNS names, so a role that disagreed with them would be stolen.
 ///
 /// # Errors
 /// [`PeerError`].
 pub fn peer_of(certs: &[CertificateDer<'_>]) -> Result<PeerName, PeerError> {
     let leaf = certs.first().ok_or(PeerError::NoCertificate)?;
-    let (_, leaf) = x509_parser::parse_x509_certificate(leaf).map_err(|_| PeerError::Unreadable)?;
-    let names = leaf.subject_alternative_name().map_err(|_| PeerError::Unreadable)?;
-    let ours: Vec<&str> = names
-        .iter()
-        .flat_map(|extension| &extension.value.general_names)
-        .filter_map(|name| match name {
-            GeneralName::URI(uri) if uri.starts_with(SCHEME) => Some(*uri),
-            _ => None,
-        })
-        .collect();
+    let (peer, dns) = names(leaf)?;
+    if dns == [peer.role.server_name()] {
+        Ok(peer)
+    } else {
+        Err(PeerError::Role { uri: peer.to_uri(), dns: dns.join(", ") })
+    }
+}
+
+/// The name in any certificate of ours, also in an authority's, which has no DNS name.
+pub(super) fn name_of(cert: &CertificateDer<'_>) -> Result<PeerName, PeerError> {
+    names(cert).map(|(peer, _)| peer)
+}
+
+/// Our name and the DNS names of a certificate.
+fn names(cert: &CertificateDer<'_>) -> Result<(PeerName, Vec<String>), PeerError> {
+    let (_, cert) = x509_parser::parse_x509_certificate(cert).map_err(|_| PeerError::Unreadable)?;
+    let names = cert.subject_alternative_name().map_err(|_| PeerError::Unreadable)?;
+    let (mut ours, mut dns) = (Vec::new(), Vec::new());
+    for name in names.iter().flat_map(|extension| &extension.value.general_names) {
+        match name {
+            GeneralName::URI(uri) if uri.starts_with(SCHEME) => ours.push(*uri),
+            GeneralName::DNSName(name) => dns.push((*name).to_owned()),
+            _ => {}
+        }
+    }
     match ours[..] {
-        [uri] => PeerName::from_uri(uri),
+        [uri] => Ok((PeerName::from_uri(uri)?, dns)),
         _ => Err(PeerError::Names { count: ours.len() }),
     }
 }

@@ -13,7 +13,8 @@ use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite};
 
-use super::{Identity, IdentityError, PeerName, Role, peer_of};
+use super::peer::name_of;
+use super::{Identity, IdentityError, PeerName, Role};
 
 /// A peer that connects and says nothing must not hold a handshake open.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,8 +33,7 @@ impl Identity {
             .with_protocol_versions(&[&TLS13])
             .map_err(IdentityError::Tls)?
             .with_client_cert_verifier(verifier)
-            .with_single_cert(self.chain.clone(), self.key.clone_key())
-            .map_err(IdentityError::Tls)?;
+            .with_cert_resolver(self.current.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(Arc::new(config))
     }
@@ -48,8 +48,7 @@ impl Identity {
             .with_protocol_versions(&[&TLS13])
             .map_err(IdentityError::Tls)?
             .with_root_certificates(self.roots()?)
-            .with_client_auth_cert(self.chain.clone(), self.key.clone_key())
-            .map_err(IdentityError::Tls)?;
+            .with_client_cert_resolver(self.current.clone());
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         // All servers of a role share one server name: a resumed session could show the name of
         // another server than the one that answers.
@@ -91,17 +90,19 @@ impl Identity {
 
     /// For `tonic::transport::Server::tls_config`.
     pub fn tonic_server_tls(&self) -> tonic::transport::ServerTlsConfig {
+        let pem = self.current.pem();
         tonic::transport::ServerTlsConfig::new()
-            .identity(tonic::transport::Identity::from_pem(&self.pem.cert, &*self.pem.key))
-            .client_ca_root(tonic::transport::Certificate::from_pem(&self.pem.ca))
+            .identity(tonic::transport::Identity::from_pem(&pem.cert, &*pem.key))
+            .client_ca_root(tonic::transport::Certificate::from_pem(&self.ca_pem))
             .timeout(HANDSHAKE_TIMEOUT)
     }
 
     /// For `tonic::transport::Endpoint::tls_config`; only a server of `role` is accepted.
     pub fn tonic_client_tls(&self, role: Role) -> tonic::transport::ClientTlsConfig {
+        let pem = self.current.pem();
         tonic::transport::ClientTlsConfig::new()
-            .identity(tonic::transport::Identity::from_pem(&self.pem.cert, &*self.pem.key))
-            .ca_certificate(tonic::transport::Certificate::from_pem(&self.pem.ca))
+            .identity(tonic::transport::Identity::from_pem(&pem.cert, &*pem.key))
+            .ca_certificate(tonic::transport::Certificate::from_pem(&self.ca_pem))
             .domain_name(role.server_name())
     }
 
@@ -111,7 +112,7 @@ impl Identity {
 }
 
 /// Only the TLS 1.3 suites of ring: whoever takes this provider cannot speak 1.2.
-fn provider() -> Arc<CryptoProvider> {
+pub(super) fn provider() -> Arc<CryptoProvider> {
     let mut provider = rustls::crypto::ring::default_provider();
     provider.cipher_suites.retain(|suite| matches!(suite, SupportedCipherSuite::Tls13(_)));
     Arc::new(provider)
@@ -123,18 +124,18 @@ pub(super) fn install_provider() {
     let _ = CryptoProvider::clone(&provider()).install_default();
 }
 
-fn roots(ca: &CertificateDer<'static>) -> Result<RootCertStore, rustls::Error> {
+pub(super) fn roots(ca: &CertificateDer<'static>) -> Result<RootCertStore, rustls::Error> {
     let mut roots = RootCertStore::empty();
     roots.add(ca.clone())?;
     Ok(roots)
 }
 
-/// The end of the certificate in seconds since 1970, if it has begun and not ended.
+/// Beginning and end of the certificate in seconds since 1970, if it has begun and not ended.
 pub(super) fn check_validity(
     path: &Path,
     peer: &PeerName,
     cert: &CertificateDer<'_>,
-) -> Result<i64, IdentityError> {
+) -> Result<(i64, i64), IdentityError> {
     let (_, cert) = x509_parser::parse_x509_certificate(cert).map_err(|_| {
         IdentityError::Unreadable { path: path.to_owned(), expected: "a PEM certificate" }
     })?;
@@ -150,23 +151,25 @@ pub(super) fn check_validity(
         let date = validity.not_before.to_datetime().date().to_string();
         return Err(IdentityError::NotYetValid { path, peer, date });
     }
-    Ok(validity.not_after.timestamp())
+    Ok((validity.not_before.timestamp(), validity.not_after.timestamp()))
 }
 
-pub(super) fn check_key(
+/// Certificate and key as rustls signs with them, if they are a pair.
+pub(super) fn certified(
     certificate: &Path,
     key_path: &Path,
     chain: &[CertificateDer<'static>],
     key: &PrivateKeyDer<'static>,
-) -> Result<(), IdentityError> {
-    match CertifiedKey::from_der(chain.to_vec(), key.clone_key(), &provider()) {
-        Ok(_) => Ok(()),
-        Err(rustls::Error::InconsistentKeys(_)) => Err(IdentityError::KeyMismatch {
-            certificate: certificate.to_owned(),
-            key: key_path.to_owned(),
-        }),
-        Err(error) => Err(IdentityError::Tls(error)),
-    }
+) -> Result<CertifiedKey, IdentityError> {
+    CertifiedKey::from_der(chain.to_vec(), key.clone_key(), &provider()).map_err(|error| {
+        match error {
+            rustls::Error::InconsistentKeys(_) => IdentityError::KeyMismatch {
+                certificate: certificate.to_owned(),
+                key: key_path.to_owned(),
+            },
+            error => IdentityError::Tls(error),
+        }
+    })
 }
 
 /// Whether the authority at hand signed the certificate, and is that of the fabric it names.
@@ -176,7 +179,7 @@ pub(super) fn check_issuer(
     ca: &CertificateDer<'static>,
     chain: &[CertificateDer<'static>],
 ) -> Result<(), IdentityError> {
-    let ca_fabric = peer_of(std::slice::from_ref(ca)).ok().map(|ca| ca.fabric);
+    let ca_fabric = name_of(ca).ok().map(|ca| ca.fabric);
     let roots = Arc::new(roots(ca).map_err(IdentityError::Tls)?);
     let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider())
         .build()
