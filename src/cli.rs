@@ -9,6 +9,7 @@ mod export;
 mod group;
 mod host;
 pub(crate) mod job;
+pub(crate) mod node;
 mod offline;
 pub(crate) use offline::StorageCommand;
 mod point;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::report::Failure;
-use crate::roles::{RoleArgs, StorageArgs};
+use crate::roles::{NodeArgs, RoleArgs, StorageArgs};
 use crate::{bench, demo, fabric};
 
 /// What a command gives to the shell.
@@ -32,7 +33,7 @@ pub(crate) type Done = Result<ExitCode, Failure>;
 #[derive(Debug, Parser)]
 #[command(name = "outrider", version, propagate_version = true, arg_required_else_help = true)]
 #[command(
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused.\nStart with: outrider demo"
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 installed but not connected yet.\nStart with: outrider demo"
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -80,8 +81,8 @@ enum Command {
     Coordinator(RoleArgs),
     /// Run a storage node, or look into its files
     Storage(StorageArgs),
-    /// Run a node agent
-    Node(RoleArgs),
+    /// Run a node agent, or install it as a service
+    Node(NodeArgs),
     /// Run a simulated failover cluster
     Lab(RoleArgs),
     /// Measure this machine
@@ -108,7 +109,7 @@ impl Cli {
             Command::Point(command) => point::run(command, json).await,
             Command::Restore(args) => restore::run(args, json).await,
             Command::Export(args) => export::run(args, json).await,
-            Command::Fabric(command) => fabric::run(command, json),
+            Command::Fabric(command) => fabric::run(command, json).await,
             Command::Disk(command) => disk::run(command, json),
             Command::Coordinator(args) => crate::roles::coordinator(args).await,
             Command::Storage(StorageArgs { command: Some(command), .. }) => {
@@ -119,7 +120,10 @@ impl Cli {
             }
             Command::Storage(_) => Err(Failure::usage("neither a configuration nor a command")
                 .hint("outrider storage --config FILE, or outrider storage inspect SEGMENT")),
-            Command::Node(args) => crate::roles::node(args).await,
+            Command::Node(NodeArgs { command: Some(command), .. }) => node::run(command, json).await,
+            Command::Node(NodeArgs { role: Some(role), .. }) => crate::roles::node(role).await,
+            Command::Node(_) => Err(Failure::usage("neither a configuration nor a command")
+                .hint("outrider node --config FILE, or outrider node install --join TOKEN")),
             Command::Lab(args) => crate::roles::lab(args).await,
             Command::Bench(command) => bench::run(command, json).await,
         }
@@ -140,6 +144,13 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn node_is_a_process_and_a_service() {
+        Cli::try_parse_from(["outrider", "node", "--config", "n.toml"]).expect("a process");
+        Cli::try_parse_from(["outrider", "node", "install", "--quiet"]).expect("a service");
+        Cli::try_parse_from(["outrider", "node"]).expect_err("neither");
     }
 
     #[test]

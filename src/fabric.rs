@@ -3,10 +3,14 @@
 //! ```text
 //! DIR/fabric-id                 the id, as the configuration files want it
 //! DIR/ca/ca.pem, ca.key         the authority; the key goes to a safe place
+//! DIR/enrolment/enrol.pem, enrol.key   lets coordinators sign hosts and storage nodes that join by a token
 //! DIR/kek                       wraps all other keys; only coordinators need it
 //! DIR/coordinators/NAME/...     an identity directory each
 //! DIR/storage/NAME/... DIR/nodes/NAME/... DIR/operators/NAME/...
 //! ```
+
+pub(crate) mod join;
+pub(crate) mod token;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -16,6 +20,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use outrider_process::fs;
 use outrider_process::identity::Role;
 use outrider_process::identity::ca::FabricCa;
+use outrider_process::identity::enrolment::SealedEnrolment;
 use outrider_process::secret::kek::KeyEncryptionKey;
 use outrider_proto::ids::FabricId;
 use serde_json::json;
@@ -30,6 +35,11 @@ pub(crate) enum Command {
     Init(Init),
     /// Issue one more identity
     Issue(Issue),
+    /// Tokens by which hosts and storage nodes join by themselves
+    #[command(subcommand)]
+    Token(token::Command),
+    /// Join with this machine: its own keys, signed by the coordinators
+    Join(join::Join),
 }
 
 #[derive(Debug, Args)]
@@ -68,6 +78,9 @@ pub(crate) struct Issue {
     #[arg(long, default_value = "365d", value_parser = duration, value_name = "TIME")]
     valid: Duration,
 }
+
+/// Folder of the enrolment authority.
+const ENROLMENT: &str = "enrolment";
 
 /// Roles as they are typed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -108,7 +121,9 @@ impl Fabric {
         let ca = FabricCa::create(&id.to_string())?;
         fs::create_dir_durable(dir)?;
         // The authority is written last: a folder with `ca/ca.pem` is complete.
-        fs::write_private(&dir.join("kek"), KeyEncryptionKey::generate().to_text().expose())?;
+        let kek = KeyEncryptionKey::generate();
+        fs::write_private(&dir.join("kek"), kek.to_text().expose())?;
+        ca.enrolment(&kek)?.save(&dir.join(ENROLMENT))?;
         fs::write_atomic(&dir.join("fabric-id"), format!("{id}\n").as_bytes())?;
         ca.save(&dir.join("ca"))?;
         Ok(Self { dir: dir.to_owned(), ca })
@@ -154,11 +169,16 @@ impl Fabric {
             .hint("Remove the folder first if this identity is to be replaced."));
         }
         self.ca.issue(role, name, valid)?.save(&path)?;
+        if role == Role::Coordinator
+            && let Some(enrolment) = SealedEnrolment::load(&self.dir.join(ENROLMENT))?
+        {
+            enrolment.save(&path)?;
+        }
         Ok(path)
     }
 }
 
-pub(crate) fn run(command: Command, json: bool) -> Done {
+pub(crate) async fn run(command: Command, json: bool) -> Done {
     let (fabric, issued) = match command {
         Command::Init(init) => {
             let fabric = Fabric::create(&init.dir)?;
@@ -181,6 +201,8 @@ pub(crate) fn run(command: Command, json: bool) -> Done {
             let path = fabric.issue(role.into(), &name, valid)?;
             (fabric, vec![(role.into(), name, path)])
         }
+        Command::Token(command) => return token::run(command, json).await,
+        Command::Join(options) => return join::run(options, json).await,
     };
     if json {
         let issued: Vec<_> = issued

@@ -6,6 +6,7 @@
 //! | [`operator`] | calls to the coordinators' leader, shared by commands and demo |
 //! | [`roles`] | what turns a configuration file into a running process |
 //! | [`fabric`] | a new fabric on disk: authority, key-encryption key, identities |
+//! | [`install`] | the node agent as a service of its machine |
 //! | [`demo`] | the main job, told step by step with real processes |
 //! | [`mod@bench`] | how fast each stage of the pipeline is |
 //! | [`output`], [`report`] | tables, JSON, progress; failures |
@@ -14,6 +15,7 @@ mod bench;
 mod cli;
 mod demo;
 mod fabric;
+mod install;
 mod operator;
 mod output;
 mod report;

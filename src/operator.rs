@@ -31,6 +31,7 @@ const MAX_ANSWER: usize = 64 << 20;
 #[derive(Debug)]
 pub(crate) struct Operator {
     leader: LeaderClient,
+    members: Vec<String>,
     identity: Arc<Identity>,
     /// How long a call looks for a leader before it fails.
     patience: Duration,
@@ -39,12 +40,18 @@ pub(crate) struct Operator {
 impl Operator {
     /// Connects lazily: nothing is sent before the first call.
     pub(crate) fn new(members: Vec<String>, identity: Arc<Identity>, patience: Duration) -> Self {
-        Self { leader: LeaderClient::new(members, Arc::clone(&identity)), identity, patience }
+        let leader = LeaderClient::new(members.clone(), Arc::clone(&identity));
+        Self { leader, members, identity, patience }
     }
 
     /// Who we are.
     pub(crate) fn identity(&self) -> &Arc<Identity> {
         &self.identity
+    }
+
+    /// Addresses of the coordinators, as they were given.
+    pub(crate) fn members(&self) -> &[String] {
+        &self.members
     }
 
     async fn call<R, F, Fut>(&self, f: F) -> Result<R, Status>
@@ -131,6 +138,22 @@ impl Operator {
     pub(crate) async fn read_access(&self, point_id: &str) -> Result<rpc::ReadAccessReply, Status> {
         let request = rpc::ReadAccessRequest { point_id: point_id.to_owned() };
         ask!(self, read_access, request)
+    }
+
+    pub(crate) async fn create_join_token(
+        &self,
+        request: rpc::CreateJoinTokenRequest,
+    ) -> Result<rpc::JoinToken, Status> {
+        ask!(self, create_join_token, request)
+    }
+
+    pub(crate) async fn join_tokens(&self) -> Result<Vec<rpc::JoinToken>, Status> {
+        Ok(ask!(self, list_join_tokens, rpc::ListJoinTokensRequest {})?.tokens)
+    }
+
+    pub(crate) async fn revoke_join_token(&self, id: &str) -> Result<rpc::JoinToken, Status> {
+        let request = rpc::RevokeJoinTokenRequest { token_id: id.to_owned() };
+        ask!(self, revoke_join_token, request)
     }
 
     /// Follows jobs until all named ones have ended (without names: until `seen` says stop), across changes of leader.

@@ -26,6 +26,8 @@ pub(crate) enum Exit {
     Usage = 2,
     /// Refused on purpose; something has to change first.
     Refused = 3,
+    /// Done, but what was waited for has not come.
+    Unfinished = 4,
 }
 
 /// A failure on its way to the operator. Any error becomes one by `?`.
@@ -52,6 +54,11 @@ impl Failure {
     /// A refusal: nothing was done, and nothing will be until something changes.
     pub(crate) fn refused(what: impl Into<String>) -> Self {
         Self { exit: Exit::Refused, ..Self::new(what) }
+    }
+
+    /// Everything was done, and what was waited for did not come in time.
+    pub(crate) fn unfinished(what: impl Into<String>) -> Self {
+        Self { exit: Exit::Unfinished, ..Self::new(what) }
     }
 
     /// What to do about it.

@@ -49,6 +49,16 @@ pub(crate) struct StorageArgs {
     pub(crate) role: Option<RoleArgs>,
 }
 
+/// `outrider node` is a process and a service.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct NodeArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<crate::cli::node::NodeCommand>,
+    #[command(flatten)]
+    pub(crate) role: Option<RoleArgs>,
+}
+
 /// Who the process is, for its log and traces.
 struct Who {
     role: &'static str,

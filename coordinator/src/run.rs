@@ -130,7 +130,8 @@ pub async fn run(
     let member = Member::start(config.id, store, Arc::clone(&identity), times, clock).await?;
     let mut process_metrics = ProcessMetrics::new("coordinator", &config.name);
     let metrics = Metrics::register(process_metrics.of("coordinator"));
-    let (leader, queue) = Leader::new(member.clone(), settings(&config, &identity, enrolment), metrics);
+    let (leader, queue) =
+        Leader::new(member.clone(), settings(&config, &identity, enrolment), metrics);
     if let Some(keys) = opened {
         leader.set_keys(keys);
     }
@@ -237,11 +238,7 @@ fn identity(config: &Config) -> Result<Identity, CoordinatorError> {
     })
 }
 
-fn settings(
-    config: &Config,
-    identity: &Identity,
-    enrolment: Option<SealedEnrolment>,
-) -> Settings {
+fn settings(config: &Config, identity: &Identity, enrolment: Option<SealedEnrolment>) -> Settings {
     let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     Settings {
         fabric: config.fabric,

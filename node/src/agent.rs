@@ -19,8 +19,8 @@ use outrider_process::clock::{Clock, SystemClock};
 use outrider_process::identity::{Identity, Role};
 use outrider_process::leader::LeaderClient;
 use outrider_process::metrics::Metrics;
-use outrider_process::renewal::keep_fresh;
 use outrider_process::observability::{self, Readiness};
+use outrider_process::renewal::keep_fresh;
 use outrider_process::tasks::TaskGroup;
 use outrider_proto::ids::FabricId;
 use outrider_proto::layout::Layout;
@@ -36,6 +36,7 @@ use crate::hypervisor::Hypervisor;
 use crate::hypervisor::hyperv::HyperV;
 use crate::metrics::NodeMetrics;
 use crate::pipeline::Pool;
+use crate::status;
 
 /// How long running jobs may take to close their files when the process is asked to end.
 const GRACE: Duration = Duration::from_secs(10);
@@ -89,6 +90,11 @@ pub async fn run(
     let mut registry = Metrics::new("node", &config.name);
     let metrics = NodeMetrics::register(&mut registry);
     let (readiness, ready_now) = watch::channel(Readiness::starting());
+    if let Some(path) = &config.status_file {
+        let (path, name) = (path.clone(), config.name.clone());
+        let (seen, token) = (ready_now.clone(), tasks.token());
+        tasks.spawn("status", status::keep(path, name, seen, metrics.clone(), token));
+    }
     let mut bound = Bound::default();
     if let Some(address) = config.observability {
         bound.observability =

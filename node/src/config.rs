@@ -46,6 +46,9 @@ pub struct Config {
     /// Metrics and health over plain HTTP; absent: none.
     #[serde(default)]
     pub observability: Option<SocketAddr>,
+    /// Where the agent says how it is, for `outrider node status`; absent: nowhere.
+    #[serde(default)]
+    pub status_file: Option<PathBuf>,
     /// Traces.
     #[serde(default)]
     pub telemetry: TraceConfig,

@@ -28,6 +28,7 @@ pub mod pipeline;
 pub mod precheck;
 pub mod restore;
 pub mod source;
+pub mod status;
 pub mod store;
 
 pub use agent::run;

@@ -7,7 +7,8 @@ fn page() -> String {
     let mut page = String::from(
         "# Command line\n\nGenerated from `src/cli`; a test fails when it is out of date.\n\nStandard output is data, \
          standard error is talk. `--json` turns every table into one JSON object. Exit codes: 0 done, 1 failed, 2 wrong \
-         usage, 3 refused (nothing was done, something has to change first). Names are any Unicode.\n\nThe fabric is found \
+         usage, 3 refused (nothing was done, something has to change first), 4 installed \
+         but not connected yet. Names are any Unicode.\n\nThe fabric is found \
          by `--coordinators` and `--identity`, by OUTRIDER_COORDINATORS and OUTRIDER_IDENTITY, or by \
          `~/.config/outrider/operator.toml` with `coordinators = [\"ip:port\"]` and `identity = \"DIR\"`.\n",
     );

@@ -67,7 +67,9 @@ impl Ground<'_> {
              lease = {{ duration = \"{duration}ms\", renew = \"{renew}ms\", cutoff = \"{cutoff}ms\" }}\n\
              storage = {{ nodes = {nodes}, pg_count = 8, replicas = {replicas}, min_durable = {min_durable} }}\n\
              raft = {{ heartbeat = \"100ms\", election_min = \"500ms\", election_max = \"1000ms\" }}\n\
+             enrolment = {{ valid = \"{enrolled_for}\" }}\n\
              limits = {{ back_off = \"100ms\", back_off_max = \"1s\" }}\n{rim}",
+            enrolled_for = plan.enrolled_for,
             name = text(&name),
             fabric = text(self.fabric),
             identity = self.identity("coordinator", &name),
@@ -134,7 +136,7 @@ impl Ground<'_> {
              delays = {{ job_ms = 2, migration_ms = 5, merge_ms = 2 }}\n\
              truth = {{ dir = {truth}, keep = 4 }}\n",
             realm = text(REALM),
-            hosts = list(&self.plan.hosts),
+            hosts = list(&[&self.plan.hosts[..], &self.plan.unmanned[..]].concat()),
             csv1 = csv("Volume1"),
             csv2 = csv("Volume2"),
             truth = text(self.dir.join("truth").display()),

@@ -33,6 +33,10 @@ pub struct Plan {
     pub min_durable: usize,
     /// Hosts of the simulated cluster, an agent on each.
     pub hosts: Vec<String>,
+    /// Hosts of the simulated cluster without an agent.
+    pub unmanned: Vec<String>,
+    /// How long certificates of machines that joined are valid.
+    pub enrolled_for: &'static str,
     /// Duration, renewal and cutoff of leases.
     pub lease_ms: [u64; 3],
     /// How long jobs ask storage that does not answer.
@@ -60,6 +64,8 @@ impl Default for Plan {
             replicas: 1,
             min_durable: 1,
             hosts: vec!["alpha".to_owned(), "beta".to_owned()],
+            unmanned: Vec::new(),
+            enrolled_for: "1day",
             lease_ms: [1500, 300, 1000],
             storage_patience: "60s",
             barrier_interval: "200ms",
@@ -131,6 +137,11 @@ impl Fabric {
                 ca.issue(role, &name, DAY).expect("issued").save(&place).expect("saved");
             }
         }
+        let enrolment = ca.enrolment(&kek).expect("an enrolment authority");
+        for name in names("c", plan.coordinators) {
+            let place = identity_dir(dir.path(), Role::Coordinator, &name);
+            enrolment.save(&place).expect("saved");
+        }
         let (coordinators, addresses) = start_coordinators(&plan, ca.fabric(), dir.path()).await;
         let ground =
             Ground { plan: &plan, fabric: ca.fabric(), dir: dir.path(), coordinators: &addresses };
@@ -165,6 +176,23 @@ impl Fabric {
         };
         fabric.settled().await;
         fabric
+    }
+
+    /// Starts the agent of an unmanned host, with whatever identity lies in its place.
+    pub async fn man(&mut self, host: &str) {
+        let lab = only_address(&mut self.lab_process).await;
+        let dir = self.folder.0.as_ref().expect("gone only in drop").path();
+        let ground = Ground {
+            plan: &self.plan,
+            fabric: self.ca.fabric(),
+            dir,
+            coordinators: &self.addresses,
+        };
+        let agent = Process::start("node", host, dir, &ground.node(host, lab));
+        self.agents.push(agent);
+        self.plan.unmanned.retain(|name| name != host);
+        self.plan.hosts.push(host.to_owned());
+        self.settled().await;
     }
 
     /// Waits until every host and every storage node is up, and the layout is made.

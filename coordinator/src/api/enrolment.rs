@@ -71,9 +71,10 @@ impl Enrolment for EnrolmentService {
             Ok(_) => {}
             Err(error) => return Err(super::proposal(leader, error)),
         }
-        let role = leader.member().replica().read(|state| {
-            state.enrolment.tokens.get(&hex::encode(token)).map(|token| token.role)
-        });
+        let role = leader
+            .member()
+            .replica()
+            .read(|state| state.enrolment.tokens.get(&hex::encode(token)).map(|token| token.role));
         let role = role.ok_or_else(|| Status::unavailable("the token was just forgotten"))?;
         let issued = issue(leader, &self.enroller, &signing, role, &r.name)?;
         tracing::info!(token = id, %role, name = r.name, version = r.version, "a machine joined");
@@ -127,7 +128,9 @@ impl Certificates for CertificatesService {
             // Another machine took this name over with the operator's leave.
             return Err(status(
                 &error_code::NAME_HELD,
-                format!("{peer} has joined with another key since; this machine's certificate is not renewed"),
+                format!(
+                    "{peer} has joined with another key since; this machine's certificate is not renewed"
+                ),
             ));
         }
         let issued = issue(leader, &self.enroller, &signing, peer.role, &peer.name)?;

@@ -290,8 +290,7 @@ mod tests {
         world.apply(Change::CreateToken(Box::new(storage)));
         assert!(matches!(refusal(enrol(&mut world, 3, "s1", "k")), Refusal::NameHeld { .. }));
         assert_eq!(enrol(&mut world, 3, "hv1", "k"), Outcome::Done);
-        let replace =
-            NewToken { name: Some("new".into()), replace: true, ..new_token(2, 1) };
+        let replace = NewToken { name: Some("new".into()), replace: true, ..new_token(2, 1) };
         world.apply(Change::CreateToken(Box::new(replace)));
         assert!(matches!(refusal(enrol(&mut world, 2, "hv1", "k2")), Refusal::TokenName { .. }));
         assert_eq!(enrol(&mut world, 2, "new", "k2"), Outcome::Done);

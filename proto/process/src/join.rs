@@ -96,7 +96,9 @@ pub enum JoinError {
         last: String,
     },
     /// The answer is not what the token promised.
-    #[error("the coordinator sent the certificate of another authority than its own; nothing was kept")]
+    #[error(
+        "the coordinator sent the certificate of another authority than its own; nothing was kept"
+    )]
     OtherAuthority,
 }
 

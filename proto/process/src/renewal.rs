@@ -146,6 +146,10 @@ mod tests {
     fn a_certificate_is_due_at_two_thirds_of_its_life() {
         let day = Duration::from_secs(86_400);
         assert_eq!(due(day * 10, day * 100), day * 70);
-        assert_eq!(due(day * 10, day * 9), day * 10, "one that ended before it began is due at once");
+        assert_eq!(
+            due(day * 10, day * 9),
+            day * 10,
+            "one that ended before it began is due at once"
+        );
     }
 }

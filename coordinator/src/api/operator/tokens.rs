@@ -3,9 +3,9 @@
 use outrider_process::identity::enrolment::ENROLLED;
 use outrider_process::identity::token::token_id;
 use outrider_process::identity::{PeerName, Role};
+use outrider_proto::error_code;
 use outrider_proto::rpc;
 use outrider_proto::status::status;
-use outrider_proto::error_code;
 use tonic::Status;
 
 use crate::state::State;
@@ -71,7 +71,9 @@ pub(super) fn find(state: &State, id: &str) -> Result<[u8; 32], Status> {
     let key = match (one, another, id.len() >= 4) {
         (Some(key), None, true) => key,
         (Some(_), Some(_), true) => {
-            return Err(refuse(format!("several join tokens begin with {id:?}; write the whole id")));
+            return Err(refuse(format!(
+                "several join tokens begin with {id:?}; write the whole id"
+            )));
         }
         _ => {
             return Err(refuse(format!(

@@ -78,8 +78,8 @@ impl SealedEnrolment {
         }
         let unreadable =
             |path: &Path, expected| IdentityError::Unreadable { path: path.to_owned(), expected };
-        let cert_pem = String::from_utf8(read(&cert)?)
-            .map_err(|_| unreadable(&cert, "a PEM certificate"))?;
+        let cert_pem =
+            String::from_utf8(read(&cert)?).map_err(|_| unreadable(&cert, "a PEM certificate"))?;
         let wrapped = read(&key)?;
         let wrapped = std::str::from_utf8(&wrapped).ok().and_then(|t| hex::decode(t.trim()).ok());
         let wrapped = wrapped.ok_or_else(|| unreadable(&key, "a wrapped key"))?;
@@ -106,7 +106,8 @@ impl SealedEnrolment {
         kek: &KeyEncryptionKey,
     ) -> Result<EnrolmentCa, EnrolmentError> {
         let not_ours = || EnrolmentError::NotOurs { fabric: fabric.to_owned() };
-        let der = CertificateDer::from_pem_slice(self.cert_pem.as_bytes()).map_err(|_| not_ours())?;
+        let der =
+            CertificateDer::from_pem_slice(self.cert_pem.as_bytes()).map_err(|_| not_ours())?;
         if name_of(&der).map_err(|_| not_ours())?.fabric != fabric {
             return Err(not_ours());
         }
@@ -149,8 +150,8 @@ impl EnrolmentCa {
     ) -> Result<String, EnrolmentError> {
         let peer = checked(&self.fabric, role, name)?;
         let params = member_params(&peer, now - BACKDATED, now + validity)?;
-        let issuer = Issuer::from_ca_cert_pem(&self.cert_pem, &self.key)
-            .map_err(EnrolmentError::Issue)?;
+        let issuer =
+            Issuer::from_ca_cert_pem(&self.cert_pem, &self.key).map_err(EnrolmentError::Issue)?;
         let cert =
             params.signed_by(&request.0.public_key, &issuer).map_err(EnrolmentError::Issue)?;
         Ok(format!("{}{}", cert.pem(), self.cert_pem))

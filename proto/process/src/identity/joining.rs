@@ -131,13 +131,8 @@ impl ServerCertVerifier for Pinned {
             .build()
             .map_err(|error| Error::General(error.to_string()))?;
         let name = Role::Coordinator.server_name().try_into().expect("a role makes a DNS name");
-        let verified = verifier.verify_server_cert(
-            end_entity,
-            intermediates,
-            &name,
-            ocsp_response,
-            now,
-        )?;
+        let verified =
+            verifier.verify_server_cert(end_entity, intermediates, &name, ocsp_response, now)?;
         let found = peer_of(std::slice::from_ref(end_entity))
             .map_err(|error| Error::General(error.to_string()))?;
         if found.role != Role::Coordinator || found.fabric != self.fabric {

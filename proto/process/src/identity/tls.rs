@@ -161,15 +161,15 @@ pub(super) fn certified(
     chain: &[CertificateDer<'static>],
     key: &PrivateKeyDer<'static>,
 ) -> Result<CertifiedKey, IdentityError> {
-    CertifiedKey::from_der(chain.to_vec(), key.clone_key(), &provider()).map_err(|error| {
-        match error {
+    CertifiedKey::from_der(chain.to_vec(), key.clone_key(), &provider()).map_err(
+        |error| match error {
             rustls::Error::InconsistentKeys(_) => IdentityError::KeyMismatch {
                 certificate: certificate.to_owned(),
                 key: key_path.to_owned(),
             },
             error => IdentityError::Tls(error),
-        }
-    })
+        },
+    )
 }
 
 /// Whether the authority at hand signed the certificate, and is that of the fabric it names.

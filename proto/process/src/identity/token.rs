@@ -54,7 +54,9 @@ pub struct JoinToken {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
     /// Something else.
-    #[error("this is no join token, which begins with {PREFIX}; make one with `outrider fabric token create`")]
+    #[error(
+        "this is no join token, which begins with {PREFIX}; make one with `outrider fabric token create`"
+    )]
     NoToken,
     /// Of another release.
     #[error("this join token was made by a newer release; use the same release on this machine")]
@@ -163,9 +165,8 @@ impl FromStr for JoinToken {
         let text = text.trim();
         let Some(encoded) = text.strip_prefix(PREFIX).filter(|_| text.len() <= MAX) else {
             let ours = text.strip_prefix("outrider").is_some_and(|rest| {
-                rest.find('_').is_some_and(|end| {
-                    end > 0 && rest[..end].bytes().all(|b| b.is_ascii_digit())
-                })
+                rest.find('_')
+                    .is_some_and(|end| end > 0 && rest[..end].bytes().all(|b| b.is_ascii_digit()))
             });
             return Err(if ours { TokenError::Newer } else { TokenError::NoToken });
         };
@@ -221,7 +222,10 @@ mod tests {
     fn a_token_comes_back_from_its_text_and_a_changed_one_does_not() {
         let token = token();
         let text = token.to_text();
-        assert!(text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-'), "{text}");
+        assert!(
+            text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-'),
+            "{text}"
+        );
         assert_eq!(format!(" {text}\r\n").parse(), Ok(token));
         for cut in PREFIX.len()..text.len() {
             assert_eq!(text[..cut].parse::<JoinToken>(), Err(TokenError::Damaged), "{cut}");
