@@ -120,7 +120,9 @@ impl Cli {
             }
             Command::Storage(_) => Err(Failure::usage("neither a configuration nor a command")
                 .hint("outrider storage --config FILE, or outrider storage inspect SEGMENT")),
-            Command::Node(NodeArgs { command: Some(command), .. }) => node::run(command, json).await,
+            Command::Node(NodeArgs { command: Some(command), .. }) => {
+                node::run(command, json).await
+            }
             Command::Node(NodeArgs { role: Some(role), .. }) => crate::roles::node(role).await,
             Command::Node(_) => Err(Failure::usage("neither a configuration nor a command")
                 .hint("outrider node --config FILE, or outrider node install --join TOKEN")),

@@ -157,10 +157,7 @@ fn note(changed: &mut Vec<String>, step: &Step, applied: Applied) {
 }
 
 /// The identity that is there, or one by the token. With the addresses of the coordinators.
-async fn identity(
-    options: &Install,
-    dir: &Path,
-) -> Result<(Identity, Vec<String>), Failure> {
+async fn identity(options: &Install, dir: &Path) -> Result<(Identity, Vec<String>), Failure> {
     let loaded = Identity::load(dir);
     match (&options.join, loaded) {
         (_, Ok(identity)) if identity.peer().role == Role::Node => {
@@ -214,7 +211,9 @@ fn dry_run(machine: &dyn Machine, options: &Install, json: bool) -> Done {
         .map(Step::describe)
         .collect();
     if json {
-        output::json(&json!({ "ok": true, "steps": steps, "service": machine.service()?.as_str() }));
+        output::json(
+            &json!({ "ok": true, "steps": steps, "service": machine.service()?.as_str() }),
+        );
     } else {
         for step in steps {
             println!("{step}");
@@ -270,7 +269,10 @@ async fn settle(
             return Ok(());
         }
         if tokio::time::Instant::now() >= until {
-            return Err(Failure::new(format!("the service did not {what}: it is {}", now.as_str())));
+            return Err(Failure::new(format!(
+                "the service did not {what}: it is {}",
+                now.as_str()
+            )));
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -385,9 +387,9 @@ pub(crate) fn status(root: Option<PathBuf>, json: bool) -> Done {
     let identity = Identity::load(&places.identity);
     let ends = identity.as_ref().map(Identity::not_after_unix).ok();
     if json {
-        let said = said.as_ref().map(|s| {
-            json!({ "version": s.version, "jobs": s.jobs, "reason": s.reason, "pid": s.pid })
-        });
+        let said = said.as_ref().map(
+            |s| json!({ "version": s.version, "jobs": s.jobs, "reason": s.reason, "pid": s.pid }),
+        );
         output::json(&json!({
             "ok": connected, "service": service.as_str(), "connected": connected,
             "agent": said.unwrap_or(Value::Null), "config": places.config,

@@ -4,6 +4,8 @@
 
 mod export;
 mod parent;
+#[cfg(windows)]
+pub(crate) mod service;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,7 +15,7 @@ use clap::Args;
 use outrider_process::config;
 use outrider_process::ports::Ready;
 use outrider_process::signals;
-use outrider_process::telemetry::{self, LogConfig, TelemetryConfig};
+use outrider_process::telemetry::{self, LogConfig, TelemetryConfig, host_events};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -59,6 +61,15 @@ pub(crate) struct NodeArgs {
     pub(crate) role: Option<RoleArgs>,
 }
 
+/// What a service manager adds to a process.
+#[derive(Default)]
+pub(crate) struct Steering {
+    /// Cancelled when it must leave.
+    pub(crate) token: CancellationToken,
+    /// Told when it serves.
+    pub(crate) ready: Option<oneshot::Sender<()>>,
+}
+
 /// Who the process is, for its log and traces.
 struct Who {
     role: &'static str,
@@ -92,6 +103,11 @@ pub(crate) async fn storage(args: RoleArgs) -> Done {
 }
 
 pub(crate) async fn node(args: RoleArgs) -> Done {
+    node_with(args, Steering::default()).await
+}
+
+/// A node agent that somebody else may steer, too.
+pub(crate) async fn node_with(args: RoleArgs, steering: Steering) -> Done {
     let config: outrider_node::Config = config::load(&args.config)?;
     let who = Who {
         role: "node",
@@ -104,7 +120,7 @@ pub(crate) async fn node(args: RoleArgs) -> Done {
         Some(address) => ready.with("metrics", address),
         None => ready,
     };
-    Box::pin(serve(args, who, run, announce)).await
+    Box::pin(steered(args, who, steering, run, announce)).await
 }
 
 pub(crate) async fn lab(args: RoleArgs) -> Done {
@@ -130,6 +146,21 @@ where
     E: Into<Failure>,
     Fut: Future<Output = Result<(), E>>,
 {
+    steered(args, who, Steering::default(), run, announce).await
+}
+
+/// As [`serve`], also when whoever steers it says so.
+async fn steered<R, E, Fut>(
+    args: RoleArgs,
+    who: Who,
+    steering: Steering,
+    run: impl FnOnce(oneshot::Sender<R>, CancellationToken) -> Fut,
+    announce: impl FnOnce(Ready, R) -> Ready,
+) -> Done
+where
+    E: Into<Failure>,
+    Fut: Future<Output = Result<(), E>>,
+{
     let mut log = who.log;
     log.file = args.log_file.or(log.file);
     let telemetry = telemetry::init(&TelemetryConfig {
@@ -137,8 +168,16 @@ where
         name: who.name.clone(),
         otlp_endpoint: who.otlp_endpoint,
         log,
+        host_events: steering.ready.is_some(),
     })?;
-    let token = CancellationToken::new();
+    let Steering { token, ready: mut steered } = steering;
+    tracing::info!(
+        event_id = host_events::STARTED,
+        role = who.role,
+        name = who.name,
+        version = env!("CARGO_PKG_VERSION"),
+        "started"
+    );
     if args.until_stdin_closes {
         parent::leave_with_parent(token.clone());
     }
@@ -150,6 +189,10 @@ where
         tokio::select! {
             result = &mut running => break result.map_err(Into::into),
             Ok(bound) = &mut started, if announce.is_some() => {
+                if let Some(steered) = steered.take() {
+                    // Nobody may be waiting any more.
+                    let _ = steered.send(());
+                }
                 let ready = Ready::this_process(who.role, &who.name);
                 if let Some(announce) = announce.take() {
                     let ready = announce(ready, bound);
@@ -168,6 +211,9 @@ where
             }
         }
     };
+    if result.is_ok() {
+        tracing::info!(event_id = host_events::STOPPED, role = who.role, "ended");
+    }
     telemetry.shutdown().await;
     result.map(|()| ExitCode::SUCCESS)
 }

@@ -29,6 +29,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use outrider_process::clock::Clock;
+use outrider_process::telemetry::host_events;
 use outrider_proto::ids::VmKey;
 use outrider_proto::model;
 use outrider_proto::rpc::{self, job_lease::Work};
@@ -161,7 +162,18 @@ pub async fn run(context: JobContext, message: rpc::JobLease) -> bool {
             tracing::info!(reason = %error, "the job is somebody else's now");
             return false;
         }
-        tracing::warn!(error = %error, code = error.code().code, "the attempt failed");
+        tracing::warn!(
+            event_id = host_events::JOB_FAILED,
+            error = %error,
+            code = error.code().code,
+            "the attempt failed"
+        );
+    }
+    if !outcome.host_clean {
+        tracing::warn!(
+            event_id = host_events::HOST_UNCLEAN,
+            "something of ours is left on the host; it is removed as soon as the hypervisor allows it"
+        );
     }
     let request = rpc::FinishRequest {
         job_id: context.lease.job().to_string(),

@@ -46,8 +46,9 @@ impl TokenArg {
 /// Reads a token as it was typed, or from the file that `@FILE` names.
 pub(crate) fn read_token(text: &str) -> Result<JoinToken, Failure> {
     let text = match text.strip_prefix('@') {
-        Some(path) => std::fs::read_to_string(path)
-            .map_err(|e| Failure::from(e).during(format!("cannot read the join token in {path}")))?,
+        Some(path) => std::fs::read_to_string(path).map_err(|e| {
+            Failure::from(e).during(format!("cannot read the join token in {path}"))
+        })?,
         None => text.to_owned(),
     };
     text.parse::<JoinToken>().map_err(|e| {
@@ -109,7 +110,9 @@ pub(crate) async fn run(options: Join, json: bool) -> Done {
     if joined.before {
         eprintln!("this machine had joined before; nothing was changed");
     } else {
-        eprintln!("joined; name this folder as identity_dir in the configuration of `outrider {noun}`");
+        eprintln!(
+            "joined; name this folder as identity_dir in the configuration of `outrider {noun}`"
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -83,7 +83,16 @@ pub(crate) async fn run(command: Command, json: bool) -> Done {
                     format!("revoked by {}", t.revoked_by)
                 };
                 let ends = output::time(t.expires_unix_ms);
-                [t.token_id, t.role, name, state, uses, output::or_dash(&joined), ends, t.created_by]
+                [
+                    t.token_id,
+                    t.role,
+                    name,
+                    state,
+                    uses,
+                    output::or_dash(&joined),
+                    ends,
+                    t.created_by,
+                ]
             });
             let headers = ["token", "role", "for", "state", "used", "joined", "ends", "made by"];
             println!("{}", output::table(headers, rows.collect()));
@@ -135,7 +144,8 @@ async fn create(options: Create, json: bool) -> Done {
         return Ok(ExitCode::SUCCESS);
     }
     println!("{text}");
-    let what = if role == Role::Node { "outrider node install --join" } else { "outrider fabric join" };
+    let what =
+        if role == Role::Node { "outrider node install --join" } else { "outrider fabric join" };
     eprintln!(
         "token {}, until {}; whoever has it can join: hand it over as you would a password. The machine runs `{what} TOKEN` \
          and speaks to {}",
@@ -147,11 +157,8 @@ async fn create(options: Create, json: bool) -> Done {
 }
 
 fn view(token: &rpc::JoinToken) -> serde_json::Value {
-    let used: Vec<_> = token
-        .used
-        .iter()
-        .map(|u| json!({ "name": u.name, "at_unix_ms": u.at_unix_ms }))
-        .collect();
+    let used: Vec<_> =
+        token.used.iter().map(|u| json!({ "name": u.name, "at_unix_ms": u.at_unix_ms })).collect();
     json!({
         "id": token.token_id, "role": token.role, "name": token.name, "state": token.state,
         "uses": token.uses, "used": used, "replace": token.replace,

@@ -179,7 +179,10 @@ impl Machine for Linux {
                     self.systemctl(&["enable", "--quiet", UNIT])?;
                 } else if !self.link().is_symlink() {
                     machine::folder(self.link().parent().unwrap_or(Path::new("/")))?;
-                    std::os::unix::fs::symlink(Path::new("/etc/systemd/system").join(UNIT), self.link())?;
+                    std::os::unix::fs::symlink(
+                        Path::new("/etc/systemd/system").join(UNIT),
+                        self.link(),
+                    )?;
                 }
                 Ok(if same { Applied::Unchanged } else { Applied::Changed })
             }
@@ -224,7 +227,8 @@ mod tests {
         std::fs::copy("/bin/true", &program).expect("a program");
         let file = dir.path().join(UNIT);
         std::fs::write(&file, unit(&program, &dir.path().join("node.toml"))).expect("written");
-        let verified = std::process::Command::new("systemd-analyze").arg("verify").arg(&file).output();
+        let verified =
+            std::process::Command::new("systemd-analyze").arg("verify").arg(&file).output();
         let Ok(output) = verified else {
             assert!(std::env::var_os("OUTRIDER_CI").is_none(), "systemd-analyze is missing");
             eprintln!("SKIPPED: no systemd-analyze here");

@@ -27,7 +27,9 @@ pub(super) async fn wait_for_jobs(
             return Err(Failure::refused(format!(
                 "{jobs} job(s) run on this host; nothing was changed"
             ))
-            .hint("Wait for them (`outrider job list`), cancel them, or give more time with --wait."));
+            .hint(
+                "Wait for them (`outrider job list`), cancel them, or give more time with --wait.",
+            ));
         }
         if !told {
             told = true;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use outrider_process::backoff::Backoff;
 use outrider_process::observability::Readiness;
 use outrider_process::tasks::TaskGroup;
+use outrider_process::telemetry::host_events;
 use outrider_process::telemetry::propagate::InjectTrace;
 use outrider_proto::layout::Layout;
 use outrider_proto::rpc::agent_client::AgentClient;
@@ -28,6 +29,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Used until the leader said its own.
 const DEFAULT_RENEW: Duration = Duration::from_secs(1);
+/// A leader is elected in less; whoever finds none for longer is told about.
+const LONELY: Duration = Duration::from_secs(30);
 /// How often progress goes up.
 const PROGRESS: Duration = Duration::from_millis(500);
 
@@ -39,9 +42,21 @@ pub(super) async fn serve(
 ) {
     let mut jobs = Jobs::new(agent.clone(), tasks.child("jobs"));
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE, Backoff::any_seed());
+    let mut lost: Option<Instant> = None;
+    let mut told = false;
     loop {
         let failure = attach(agent, &mut jobs, readiness, &mut backoff).await;
-        agent.metrics.attached.set(0);
+        if agent.metrics.attached.set(0) == 1 {
+            (lost, told) = (None, false);
+        }
+        if !told && lost.get_or_insert_with(Instant::now).elapsed() >= LONELY {
+            told = true;
+            tracing::warn!(
+                event_id = host_events::DISCONNECTED,
+                reason = failure.message(),
+                "no coordinator has been reached for 30 seconds; running jobs stop when their leases end"
+            );
+        }
         agent.leader.learn(&failure);
         readiness.send_replace(Readiness::NotReady(format!(
             "not attached to a coordinator: {}",
@@ -128,6 +143,7 @@ async fn attach(
                         welcomed = true;
                         backoff.reset();
                         tracing::info!(
+                            event_id = host_events::CONNECTED,
                             leader = agent.leader.target(),
                             term = welcome.leader_term,
                             "attached to the leader"

@@ -15,6 +15,7 @@ use crate::fs::{self, FsError};
 use crate::identity::enrolment::OwnKeys;
 use crate::identity::{Identity, IdentityError};
 use crate::leader::LeaderClient;
+use crate::telemetry::host_events;
 
 /// How long a renewal looks for a leader before it is tried again later.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -70,6 +71,7 @@ pub async fn keep_fresh(
                 Err(error) => {
                     let left = end.saturating_sub(now);
                     tracing::warn!(
+                        event_id = host_events::NOT_RENEWED,
                         %error,
                         left = humantime(left),
                         "the certificate was not renewed; when it ends, this machine is shut out until it joins again"

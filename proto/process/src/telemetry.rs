@@ -4,6 +4,9 @@
 //! configured; spans of libraries do not, or the exporter's own calls would be traced for ever.
 //! The trace goes from process to process as a W3C `traceparent` ([`propagate`]).
 
+#[cfg(windows)]
+pub mod event_log;
+pub mod host_events;
 pub mod propagate;
 
 use std::fs::OpenOptions;
@@ -38,6 +41,8 @@ pub struct TelemetryConfig {
     pub otlp_endpoint: Option<String>,
     /// The log.
     pub log: LogConfig,
+    /// Whether events with a number go to the machine's event log, too (Windows).
+    pub host_events: bool,
 }
 
 /// `[telemetry]` of a configuration.
@@ -170,7 +175,12 @@ pub fn build(config: &TelemetryConfig) -> Result<(Dispatch, TelemetryGuard), Tel
             .with_tracer(provider.tracer("outrider"))
             .with_filter(filter::filter_fn(is_traced))
     });
-    let subscriber = Registry::default().with(log_layer(&config.log)?).with(traces);
+    #[cfg(windows)]
+    let host = config.host_events.then_some(host_events::HostEvents(host_events::WindowsLog));
+    // The journal of other systems keeps what the process writes.
+    #[cfg(not(windows))]
+    let host: Option<filter::LevelFilter> = None;
+    let subscriber = Registry::default().with(log_layer(&config.log)?).with(traces).with(host);
     Ok((Dispatch::new(subscriber), TelemetryGuard { provider }))
 }
 
@@ -238,6 +248,7 @@ mod tests {
             name: "s-1".to_owned(),
             otlp_endpoint: None,
             log,
+            host_events: false,
         }
     }
 

@@ -87,6 +87,7 @@ fn process(role: &str, receiver: SocketAddr) -> (Dispatch, TelemetryGuard) {
         name: format!("{role}-1"),
         otlp_endpoint: Some(format!("http://{receiver}")),
         log: LogConfig { filter: "off".to_owned(), ..LogConfig::default() },
+        host_events: false,
     };
     telemetry::build(&config).expect("started")
 }
