@@ -26,6 +26,7 @@ pub(crate) enum Service {
     /// On its way up or down.
     Changing,
     /// It cannot be told: another root folder than this machine's.
+    #[cfg_attr(windows, allow(dead_code))]
     Unknown,
 }
 

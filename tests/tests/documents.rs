@@ -91,3 +91,14 @@ fn collect(folder: &Path, pages: &mut Vec<PathBuf>) {
         }
     }
 }
+
+/// The numbers of events are what monitoring acts on: the page says what the code does.
+#[test]
+fn every_event_of_a_host_is_documented() {
+    let page = std::fs::read_to_string(root().join("docs/operations/hosts.md"))
+        .expect("docs/operations/hosts.md is in the repository");
+    for (id, kind, meaning) in outrider_process::telemetry::host_events::ALL {
+        let line = format!("| {id} | {kind:?} | {meaning} |");
+        assert!(page.contains(&line), "docs/operations/hosts.md lacks {line}");
+    }
+}
