@@ -62,7 +62,8 @@ pub async fn export_disks(
 ) -> Result<Vec<PathBuf>, RestoreError> {
     let mut written = Vec::new();
     for (index, disk) in manifest.disks.iter().enumerate() {
-        let path = dir.join(safe_name(&disk.file_name, &format!("disk{index}.vhdx")));
+        let name = safe_name(&disk.file_name, &format!("disk{index}.vhdx"));
+        let path = dir.join(name).with_extension("vhdx");
         match export_disk(reader, disk, manifest.chunk_size, &path).await {
             Ok(_) => written.push(path),
             Err(e) => {

@@ -19,6 +19,8 @@ use crate::store::StoreError;
 const LEAVES: usize = 3;
 /// Chunks asked for together.
 const CHUNKS: usize = 16;
+/// Smallest block of a VHDX.
+const SMALLEST_BLOCK: u32 = 1 << 20;
 /// Decrypted chunks waiting for the disk.
 const WAITING: usize = 32;
 
@@ -118,7 +120,8 @@ pub fn new_vhdx(
 ) -> Result<Box<dyn NewDisk>, DiskError> {
     let options = CreateOptions {
         size: disk.size,
-        block_size: disk.block_size,
+        // Another format may have had smaller units than VHDX knows.
+        block_size: disk.block_size.max(SMALLEST_BLOCK),
         logical_sector: disk.logical_sector,
         physical_sector: disk.physical_sector,
         kind: if disk.fixed { DiskKind::Fixed } else { DiskKind::Dynamic },

@@ -20,13 +20,14 @@ use crate::hypervisor::{
 };
 use crate::lease::Lease;
 
-const PLAIN: CheckpointRequest = CheckpointRequest { quiesce: false, truncate_logs: false };
-const NAME: &str = "Outrider 0b7f-job 1 4";
-const MIB: u64 = 1 << 20;
-const DEADLINE: Duration = Duration::from_secs(60);
+pub(super) const PLAIN: CheckpointRequest =
+    CheckpointRequest { quiesce: false, truncate_logs: false };
+pub(super) const NAME: &str = "Outrider 0b7f-job 1 4";
+pub(super) const MIB: u64 = 1 << 20;
+pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Whether QEMU is there; without it a test says so and passes, except in CI.
-fn qemu_is_missing() -> bool {
+pub(super) fn qemu_is_missing() -> bool {
     let there = Command::new("qemu-system-x86_64").arg("--version").output().is_ok();
     assert!(there || std::env::var_os("OUTRIDER_CI").is_none(), "qemu-system-x86_64 is missing");
     if !there {
@@ -49,22 +50,22 @@ pub(super) fn lease() -> Lease {
 }
 
 /// A host: a folder of sockets and an agent's view of it.
-struct Host {
-    folder: PathBuf,
+pub(super) struct Host {
+    pub(super) folder: PathBuf,
     fabric: FabricId,
 }
 
 impl Host {
-    fn new(folder: &Path, fabric: FabricId) -> Self {
+    pub(super) fn new(folder: &Path, fabric: FabricId) -> Self {
         std::fs::create_dir_all(folder).expect("a folder");
         Self { folder: folder.to_owned(), fabric }
     }
 
-    async fn agent(&self) -> Arc<Qemu> {
+    pub(super) async fn agent(&self) -> Arc<Qemu> {
         self.agent_with(|_| {}).await
     }
 
-    async fn agent_with(&self, change: impl FnOnce(&mut QemuConfig)) -> Arc<Qemu> {
+    pub(super) async fn agent_with(&self, change: impl FnOnce(&mut QemuConfig)) -> Arc<Qemu> {
         let mut config = QemuConfig {
             sockets: self.folder.clone(),
             images: vec![self.folder.clone()],
@@ -83,7 +84,7 @@ impl Host {
 }
 
 /// A QEMU process and its second monitor.
-struct Vm {
+pub(super) struct Vm {
     child: Child,
     control: Qmp,
     _tasks: TaskGroup,
@@ -99,7 +100,7 @@ impl Drop for Vm {
 
 impl Vm {
     /// Starts with these images, in this order (qcow2 by extension, else raw).
-    async fn start(host: &Host, guid: VmGuid, images: &[&Path], more: &[&str]) -> Self {
+    pub(super) async fn start(host: &Host, guid: VmGuid, images: &[&Path], more: &[&str]) -> Self {
         let control = host.folder.join("web.control");
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-name", "web", "-machine", "q35,accel=tcg", "-m", "64"]);
@@ -129,12 +130,12 @@ impl Vm {
         Self { child, control, _tasks: tasks, guid }
     }
 
-    async fn ask(&self, command: &str, arguments: Value) -> Value {
+    pub(super) async fn ask(&self, command: &str, arguments: Value) -> Value {
         self.control.execute(command, arguments).await.expect(command)
     }
 
     /// Lets the "guest" write.
-    async fn write(&self, disk: usize, byte: u8, offset: u64, len: u64) {
+    pub(super) async fn write(&self, disk: usize, byte: u8, offset: u64, len: u64) {
         let line = format!(
             "qemu-io -d /machine/peripheral/disk{disk}/virtio-backend \"write -P {byte} {offset} {len}\""
         );
@@ -144,7 +145,7 @@ impl Vm {
     }
 
     /// What of ours is in QEMU: nodes, exports, the NBD server, named bitmaps.
-    async fn ours(&self) -> Vec<String> {
+    pub(super) async fn ours(&self) -> Vec<String> {
         let nodes = self.ask("query-named-block-nodes", json!({ "flat": true })).await;
         let mut found = Vec::new();
         for node in nodes.as_array().expect("nodes") {
@@ -161,13 +162,16 @@ impl Vm {
         found
     }
 
-    async fn end(mut self) {
+    pub(super) async fn end(mut self) {
         let _ = self.control.execute("quit", Value::Null).await;
         let _ = tokio::task::block_in_place(|| self.child.wait());
     }
 }
 
-async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+pub(super) async fn until<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    mut look: impl FnMut() -> F,
+) -> T {
     let until = Instant::now() + DEADLINE;
     loop {
         if let Some(found) = look().await {
@@ -178,7 +182,7 @@ async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMu
     }
 }
 
-fn qcow2(path: &Path, size: u64) {
+pub(super) fn qcow2(path: &Path, size: u64) {
     let made = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2"])
         .arg(path)

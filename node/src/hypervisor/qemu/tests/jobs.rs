@@ -1,0 +1,320 @@
+//! Whole jobs on real QEMU processes, with storage and coordinator in memory.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use outrider_process::clock::{Clock, SystemClock};
+use outrider_proto::ids::{FabricId, JobId, LeaseEpoch, PointId, VmGuid, VmKey, VmRole};
+use outrider_proto::rpc::{BackupKind, BackupWork, Consistency, JobLease, job_lease::Work};
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::super::Qemu;
+use super::real::{Host, MIB, Vm, qemu_is_missing, until};
+use crate::config::{ByteCount, JobTimes, Limits};
+use crate::fakes::{MemoryCoordinator, MemoryStore, sealer};
+use crate::hypervisor::Hypervisor;
+use crate::job::{self, JobContext, Progress};
+use crate::lease::Lease;
+use crate::metrics::NodeMetrics;
+use crate::pipeline::Pool;
+use crate::restore::{self, Reader};
+use crate::source::Sources;
+
+const CHUNK: u32 = 64 << 10;
+const LEAF: u64 = 128 * CHUNK as u64;
+
+struct World {
+    folder: tempfile::TempDir,
+    store: MemoryStore,
+    coordinator: MemoryCoordinator,
+    guid: VmGuid,
+}
+
+struct Attempt {
+    task: JoinHandle<bool>,
+    lease: Lease,
+    sources: Sources,
+}
+
+impl Attempt {
+    /// As the coordinator ends a lease after a move: at once, and what was open is closed.
+    async fn moved(self) {
+        self.lease.end("moved");
+        self.task.abort();
+        let _ = self.task.await;
+        self.sources.close().await;
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            folder: tempfile::tempdir().expect("a folder"),
+            store: MemoryStore::new(),
+            coordinator: MemoryCoordinator::new(),
+            guid: VmGuid::random(),
+        }
+    }
+
+    fn attempt(&self, agent: &Arc<Qemu>, job: JobId, point: PointId, epoch: u64) -> Attempt {
+        let clock = Arc::new(SystemClock::new());
+        let hour = Duration::from_secs(3600);
+        let lease = Lease::granted(job, LeaseEpoch(epoch), hour, false, clock.clone());
+        lease.renew(clock.monotonic());
+        self.coordinator.with(|d| d.lease_epoch = epoch);
+        let sources = Sources::new(agent.clone());
+        let brief = Duration::from_millis(20);
+        let context = JobContext {
+            hypervisor: agent.clone(),
+            coordinator: Arc::new(self.coordinator.clone()),
+            store: Arc::new(self.store.clone()),
+            sealer: sealer(),
+            lease: lease.clone(),
+            sources: sources.clone(),
+            pool: Pool::new(2, 8 << 20),
+            limits: Limits { read_size: ByteCount(1 << 20), ..Limits::default() },
+            times: JobTimes {
+                busy_first: brief,
+                busy_ceiling: brief,
+                barrier_interval: brief,
+                ..JobTimes::default()
+            },
+            clock,
+            host: "h".into(),
+            scratch: self.folder.path().join("scratch"),
+            progress: watch::Sender::new(Progress::default()),
+            metrics: NodeMetrics::default(),
+        };
+        let key = VmKey { realm: "kvm".into(), guid: self.guid, role: VmRole::Primary };
+        let message = JobLease {
+            job_id: job.to_string(),
+            attempt: u32::try_from(epoch).expect("small"),
+            lease_epoch: epoch,
+            vm: Some((&key).into()),
+            vm_name: "web".into(),
+            chunk_size: CHUNK,
+            work: Some(Work::Backup(BackupWork {
+                kind: BackupKind::Incremental.into(),
+                wanted: Consistency::Crash.into(),
+                minimum: Consistency::Crash.into(),
+                point_id: point.to_string(),
+                ..BackupWork::default()
+            })),
+            ..JobLease::default()
+        };
+        let task = tokio::spawn(async move { job::run(context, message).await });
+        Attempt { task, lease, sources }
+    }
+
+    async fn ends_well(&self, attempt: Attempt) {
+        let ended = tokio::time::timeout(Duration::from_secs(120), attempt.task).await;
+        let good = ended.expect("ends in time").expect("no panic");
+        assert!(good, "{:?}", self.coordinator.with(|d| d.finished.last().cloned()));
+    }
+
+    /// The disk of a committed point is what the image holds now.
+    async fn judge(&self, job: JobId, image: &Path) {
+        let commit = self.coordinator.with(|d| d.commits[&job.to_string()].clone());
+        let pool = Pool::new(2, 8 << 20);
+        let reader = Reader { store: Arc::new(self.store.clone()), sealer: sealer(), pool };
+        let id = commit.manifest_id.parse().expect("an id");
+        let manifest = restore::fetch_manifest(&reader, id).await.expect("the manifest opens");
+        let out = self.folder.path().join(format!("{job}.vhdx"));
+        restore::export_disk(&reader, &manifest.disks[0], CHUNK, &out).await.expect("exported");
+        let compared = Command::new("qemu-img")
+            .args(["compare", "-f", "vhdx", "-F", "qcow2"])
+            .args([&out, image])
+            .output()
+            .expect("qemu-img");
+        let said = String::from_utf8_lossy(&compared.stdout).into_owned();
+        assert!(compared.status.success(), "the point differs from the disk: {said}");
+    }
+}
+
+/// An image with content that no two chunks share.
+fn filled(path: &Path, size: u64) {
+    let raw = path.with_extension("tmp");
+    let mut content = vec![0; usize::try_from(size).expect("small")];
+    blake3::Hasher::new().update(b"content").finalize_xof().fill(&mut content);
+    std::fs::write(&raw, content).expect("written");
+    let made = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .args([&raw, path])
+        .status();
+    assert!(made.is_ok_and(|s| s.success()));
+    std::fs::remove_file(&raw).expect("removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_a_migration_interrupts_goes_on_from_what_is_stored_and_is_exact() {
+    if qemu_is_missing() {
+        return;
+    }
+    let world = World::new();
+    let fabric = FabricId::random();
+    let host = |name: &str| Host::new(&world.folder.path().join(name), fabric);
+    let (from, to) = (host("h1"), host("h2"));
+    let image = world.folder.path().join("a.qcow2");
+    filled(&image, 5 * LEAF + 3 * 512);
+    let way = format!("unix:{}", world.folder.path().join("way").display());
+    let source = Vm::start(&from, world.guid, &[&image], &[]).await;
+    let target = Vm::start(&to, world.guid, &[&image], &["-incoming", &way]).await;
+    // Slow enough to be in the middle of it.
+    let here = from.agent_with(|c| c.max_read_rate = Some(ByteCount(4 << 20))).await;
+    let there = to.agent().await;
+    source.ask("cont", serde_json::Value::Null).await;
+    source.ask("migrate-set-parameters", json!({ "max-bandwidth": 1_000_000 })).await;
+    let (job, point) = (JobId::random(), PointId::random());
+    let first = world.attempt(&here, job, point, 1);
+    // Two leaf pages and a part of the third.
+    until("a part is stored", || async {
+        (world.store.puts().1 > 2 * LEAF + LEAF / 2).then_some(())
+    })
+    .await;
+    source.ask("migrate", json!({ "uri": way })).await;
+    until("the checkpoint gives way", || async {
+        here.checkpoints(world.guid).await.expect("listed").is_empty().then_some(())
+    })
+    .await;
+    // Into a page that is stored, into one that is not, and beyond what was allocated.
+    source.write(0, 0xa1, 5 * u64::from(CHUNK), 4096).await;
+    source.write(0, 0xa2, 4 * LEAF, 2 * MIB).await;
+    source.ask("migrate-set-parameters", json!({ "max-bandwidth": 1_000_000_000 })).await;
+    until("it has arrived", || async {
+        let vms = there.inventory().await.expect("listed").vms;
+        vms[0].realized.then_some(())
+    })
+    .await;
+    first.moved().await;
+    let (_, sent_before, _) = world.store.puts();
+    world.ends_well(world.attempt(&there, job, point, 2)).await;
+    let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+    let stats = commit.stats.expect("figures");
+    assert!(stats.adopted_pages >= 1, "{stats:?}");
+    assert_eq!(stats.resent_bytes, 0, "{stats:?}");
+    assert!(commit.reasons.iter().any(|r| r.contains("lost in a move")), "{:?}", commit.reasons);
+    let sent_after = world.store.puts().1 - sent_before;
+    assert!(sent_after < 3 * LEAF, "{sent_after} bytes were sent after the move: {stats:?}");
+    assert_eq!(target.ours().await.len(), 1, "one bitmap: {:?}", target.ours().await);
+    assert!(
+        world
+            .coordinator
+            .with(|d| d.duties.iter().all(|k| k.state() == outrider_proto::rpc::DutyState::Done))
+    );
+    // And on the new host the next one is an incremental.
+    target.write(0, 0xa3, LEAF, 4096).await;
+    let (next, next_point) = (JobId::random(), PointId::random());
+    world.ends_well(world.attempt(&there, next, next_point, 3)).await;
+    let commit = world.coordinator.with(|d| d.commits[&next.to_string()].clone());
+    assert_eq!(commit.kind(), BackupKind::Incremental, "{:?}", commit.reasons);
+    assert_eq!(commit.stats.expect("figures").changed_bytes, u64::from(CHUNK));
+    source.end().await;
+    target.end().await;
+    world.judge(next, &image).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_is_restarted_in_a_backup_goes_on_and_one_that_is_killed_starts_over() {
+    if qemu_is_missing() {
+        return;
+    }
+    for killed in [false, true] {
+        let world = World::new();
+        let host = Host::new(&world.folder.path().join("h"), FabricId::random());
+        let image = world.folder.path().join("a.qcow2");
+        filled(&image, 3 * LEAF);
+        let vm = Vm::start(&host, world.guid, &[&image], &[]).await;
+        let agent = host.agent_with(|c| c.max_read_rate = Some(ByteCount(6 << 20))).await;
+        let (job, point) = (JobId::random(), PointId::random());
+        let attempt = world.attempt(&agent, job, point, 1);
+        until("a part is stored", || async {
+            (world.store.puts().1 > LEAF + LEAF / 2).then_some(())
+        })
+        .await;
+        if killed {
+            drop(vm)
+        } else {
+            vm.end().await
+        }
+        // The same attempt waits for its VM.
+        let vm = Vm::start(&host, world.guid, &[&image], &[]).await;
+        world.ends_well(attempt).await;
+        let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+        let carried = commit.reasons.iter().any(|r| r.contains("lost in a move"));
+        assert_eq!(carried, !killed, "{:?}", commit.reasons);
+        assert_eq!(vm.ours().await.len(), 1, "{:?}", vm.ours().await);
+        vm.end().await;
+        world.judge(job, &image).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_disk_is_what_qemu_itself_would_make() {
+    if qemu_is_missing() {
+        return;
+    }
+    let world = World::new();
+    let host = Host::new(&world.folder.path().join("h"), FabricId::random());
+    let image = world.folder.path().join("a.qcow2");
+    filled(&image, 2 * LEAF + 512);
+    let vm = Vm::start(&host, world.guid, &[&image], &[]).await;
+    let agent = host.agent().await;
+    let (job, point) = (JobId::random(), PointId::random());
+    world.ends_well(world.attempt(&agent, job, point, 1)).await;
+    vm.end().await;
+    let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+    let reader = Reader {
+        store: Arc::new(world.store.clone()),
+        sealer: sealer(),
+        pool: Pool::new(2, 8 << 20),
+    };
+    let id = commit.manifest_id.parse().expect("an id");
+    let manifest = restore::fetch_manifest(&reader, id).await.expect("the manifest opens");
+    assert_eq!(manifest.config[0].name, "vm.json");
+    let disk = &manifest.disks[0];
+    assert_eq!((disk.file_name.as_str(), agent.disk_extension(disk)), ("a.qcow2", "qcow2"));
+    for name in ["restored.qcow2", "restored.raw"] {
+        let path = world.folder.path().join(name);
+        let content = {
+            let (agent, disk, path, image) =
+                (agent.clone(), disk.clone(), path.clone(), image.clone());
+            tokio::task::spawn_blocking(move || {
+                let raw = path.with_extension("content");
+                let converted = Command::new("qemu-img")
+                    .args(["convert", "-f", "qcow2", "-O", "raw"])
+                    .args([&image, &raw])
+                    .status();
+                assert!(converted.is_ok_and(|s| s.success()));
+                let content = std::fs::read(&raw).expect("read");
+                let mut new = agent.create_disk(&path, &disk, false).expect("made");
+                // With a hole at its start.
+                new.write_at(MIB, &content[usize::try_from(MIB).expect("small")..])
+                    .expect("written");
+                new.finish().expect("finished");
+                content
+            })
+            .await
+            .expect("no panic")
+        };
+        let format = if name.ends_with("qcow2") { "qcow2" } else { "raw" };
+        let back = world.folder.path().join("back");
+        let converted = Command::new("qemu-img")
+            .args(["convert", "-f", format, "-O", "raw"])
+            .args([&path, &back])
+            .status();
+        assert!(converted.is_ok_and(|s| s.success()), "{name}");
+        let back = std::fs::read(&back).expect("read");
+        let hole = usize::try_from(MIB).expect("small");
+        assert!(back[..hole].iter().all(|b| *b == 0) && back[hole..] == content[hole..], "{name}");
+    }
+    // A file that is there is never written over.
+    let taken = world.folder.path().join("restored.raw");
+    let (refusing, like) = (agent.clone(), disk.clone());
+    let refused =
+        tokio::task::spawn_blocking(move || refusing.create_disk(&taken, &like, false).err());
+    assert!(refused.await.expect("no panic").is_some());
+}
