@@ -65,6 +65,11 @@ use crate::source::FrozenSource;
 /// The first version whose copy-before-write gives up a checkpoint rather than a guest's write is 7.1; 7.2 is the oldest that is
 /// tried.
 pub const OLDEST: Version = Version(7, 2, 0);
+/// Before this version QEMU's NBD server ends the whole QEMU when a client leaves an export whose disk is in an iothread (seen with
+/// 7.2: an assertion in `nbd_blockdev_client_closed`). No backup is worth that.
+const IOTHREADS: Version = Version(9, 0, 0);
+const IN_IOTHREAD: &str = "the VM uses iothreads and its QEMU is older than 9.0, which crashes when a reader of such a disk leaves; \
+                           update QEMU, or start the VM without iothreads";
 const TOO_OLD: &str = "its QEMU is older than 7.2; update QEMU and restart the VM";
 
 /// The QEMU processes of one host.

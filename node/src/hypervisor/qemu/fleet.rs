@@ -194,6 +194,7 @@ impl Fleet {
             self.tell(Change::Seen(Box::new(seen)));
         }
         self.tried(&socket);
+        hint_at_bitmaps(machine).await;
         let mut tick = tokio::time::interval(SCRATCH);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -301,6 +302,19 @@ impl Fleet {
     /// Who spawns.
     pub(super) fn tasks(&self) -> &TaskSpawner {
         &self.inner.tasks
+    }
+}
+
+/// Says beforehand what the first migration would cost.
+async fn hint_at_bitmaps(machine: &Machine) {
+    let Ok(disks) = machine.disks().await else { return };
+    let forgetful = disks.iter().find(|d| d.uncapturable.is_none() && !d.persistent);
+    if let (Some(disk), Ok(false)) = (forgetful, machine.bitmaps_travel().await) {
+        tracing::warn!(
+            vm = machine.name,
+            disk = disk.slot,
+            "a disk whose image keeps no bitmaps: after a migration without the capability dirty-bitmaps it is read in full"
+        );
     }
 }
 

@@ -124,7 +124,25 @@ impl Machine {
         } else {
             Vec::new()
         };
-        Ok(blocks::disks(&devices, &nodes, &below))
+        let mut disks = blocks::disks(&devices, &nodes, &below);
+        if self.qmp.version() < super::IOTHREADS && self.has_iothreads().await? {
+            for disk in &mut disks {
+                disk.uncapturable.get_or_insert(super::IN_IOTHREAD);
+            }
+        }
+        Ok(disks)
+    }
+
+    async fn has_iothreads(&self) -> Result<bool, QmpError> {
+        let all = self.qmp.execute("query-iothreads", Value::Null).await?;
+        Ok(all.as_array().is_some_and(|all| !all.is_empty()))
+    }
+
+    /// Whether dirty bitmaps that no image keeps travel with a migration.
+    pub(super) async fn bitmaps_travel(&self) -> Result<bool, QmpError> {
+        let all = self.qmp.execute("query-migrate-capabilities", Value::Null).await?;
+        let all = all.as_array().into_iter().flatten();
+        Ok(all.filter(|c| c["capability"] == "dirty-bitmaps").any(|c| c["state"] == true))
     }
 
     /// All named block nodes.

@@ -236,9 +236,9 @@ async fn a_vm_that_is_restarted_in_a_backup_goes_on_and_one_that_is_killed_start
         })
         .await;
         if killed {
-            drop(vm)
+            drop(vm);
         } else {
-            vm.end().await
+            vm.end().await;
         }
         // The same attempt waits for its VM.
         let vm = Vm::start(&host, world.guid, &[&image], &[]).await;

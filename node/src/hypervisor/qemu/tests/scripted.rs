@@ -27,6 +27,7 @@ struct Peer {
     version: (u32, u32),
     /// The socket closes at this command.
     closes_at: Option<&'static str>,
+    iothreads: bool,
     /// This command is refused with this text.
     refuses: Option<(&'static str, &'static str)>,
     told: Told,
@@ -38,6 +39,7 @@ impl Peer {
             guid: VmGuid::random(),
             version,
             closes_at: None,
+            iothreads: false,
             refuses: None,
             told: Told::default(),
         }
@@ -95,6 +97,8 @@ impl Peer {
             }
             "query-named-block-nodes" => json!([node]),
             "query-block-exports" | "query-block-jobs" | "query-fdsets" => json!([]),
+            "query-iothreads" if self.iothreads => json!([{ "id": "io1" }]),
+            "query-iothreads" => json!([]),
             "add-fd" => json!({ "fdset-id": 1 }),
             _ => json!({}),
         }
@@ -350,4 +354,23 @@ async fn nbd_served_for_another_program_is_waited_for_and_an_odd_answer_is_told(
         "{refused}"
     );
     assert!(peer.was_told("block-dirty-bitmap-add"));
+}
+
+#[tokio::test]
+async fn iothreads_are_refused_where_they_would_crash_the_vm() {
+    for (version, refused) in [((7, 2), true), ((9, 0), false)] {
+        let world = World::new();
+        let peer = Peer { iothreads: true, ..Peer::new(version) };
+        let agent = world.with(&peer, None).await;
+        let disk = agent.inventory().await.expect("listed").vms[0].disks[0].clone();
+        assert_eq!(disk.uncapturable.is_some_and(|why| why.contains("iothreads")), refused);
+        if refused {
+            let error = agent
+                .create_checkpoint(&lease(), peer.guid, NAME, PLAIN)
+                .await
+                .expect_err("refused");
+            assert!(error.to_string().contains("older than 9.0"), "{error}");
+            assert!(!peer.was_told("nbd-server-start"));
+        }
+    }
 }
