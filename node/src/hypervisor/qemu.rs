@@ -47,7 +47,7 @@ use tokio::sync::mpsc;
 pub use error::QemuError;
 pub use qmp::{QmpError, Version};
 
-use self::checkpoint::{Checkpoints, Open, OpenDisk};
+use self::checkpoint::{Broken, Checkpoints, Open, OpenDisk};
 use self::fleet::Fleet;
 use self::frozen::{Export, FrozenDisk, Pace, Rate};
 use self::held::Held;
@@ -118,6 +118,7 @@ impl Qemu {
             scratch: scratch.clone(),
             scratch_limit: config.scratch_limit.0,
             held,
+            broken: Broken::default(),
         };
         let fleet = Fleet::start(config.sockets.clone(), checkpoints, &tasks).await;
         let (exports, rates) = (Mutex::default(), Mutex::default());
@@ -186,7 +187,9 @@ impl Hypervisor for Qemu {
                 "the checkpoint is not open any more",
             ),
         })?;
-        Ok(Box::new(FrozenDisk::open(known.export, self.pace(known.vm))?))
+        let broken = self.checkpoints_of().broken.clone();
+        let unreadable = Box::new(move || broken.mark(known.checkpoint));
+        Ok(Box::new(FrozenDisk::open(known.export, self.pace(known.vm), unreadable)?))
     }
 
     fn create_disk(

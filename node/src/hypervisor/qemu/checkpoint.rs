@@ -15,10 +15,10 @@
 //! still for a few milliseconds, so that they are of one moment. QEMU refuses to hand a disk with such a filter over to the
 //! target of a migration, so a checkpoint gives way to a migration at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use outrider_proto::ids::CheckpointId;
@@ -52,6 +52,21 @@ pub(super) struct Checkpoints {
     pub(super) scratch: PathBuf,
     pub(super) scratch_limit: u64,
     pub(super) held: Held,
+    pub(super) broken: Broken,
+}
+
+/// Checkpoints that could not be read: their scratch file was full or too slow, which QEMU tells only to who reads.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Broken(Arc<Mutex<BTreeSet<CheckpointId>>>);
+
+impl Broken {
+    pub(super) fn mark(&self, id: CheckpointId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+    }
+
+    fn contains(&self, id: CheckpointId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
+    }
 }
 
 /// A checkpoint that is open in a QEMU.
@@ -113,7 +128,7 @@ impl Checkpoints {
                 None => broken.push(id),
             }
         }
-        found.retain(|id, _| !broken.contains(id));
+        found.retain(|id, _| !broken.contains(id) && !self.broken.contains(*id));
         let mut found: Vec<Open> = found.into_values().collect();
         for open in &mut found {
             open.disks.sort_by_key(|d| d.index);
@@ -506,17 +521,20 @@ impl Checkpoints {
         }
     }
 
-    /// Gives a checkpoint up whose scratch files have become too large, or whose folder is nearly full.
+    /// Gives a checkpoint up that could not be read, or whose scratch files have become too large, or whose folder is nearly full.
     pub(super) async fn watch_scratch(&self, machine: &Machine) {
-        let used = match machine.nodes().await {
-            Ok(nodes) => scratch::used(&nodes),
-            Err(_) => return,
-        };
-        let Some(reason) = scratch::too_much(&self.scratch, used, self.scratch_limit) else {
+        // Whoever makes or removes one now holds the graph; the next look is soon.
+        let Ok(_one) = machine.graph.try_lock() else { return };
+        let (Ok(nodes), Ok(whole)) = (machine.nodes().await, self.list(machine).await) else {
             return;
         };
+        let used = scratch::used(&nodes);
+        let unreadable =
+            || "it could not be read: its scratch file was full or too slow".to_owned();
+        let reason = scratch::too_much(&self.scratch, used, self.scratch_limit)
+            .or_else(|| whole.is_empty().then(unreadable));
+        let Some(reason) = reason else { return };
         tracing::error!(vm = machine.name, used, reason, "the checkpoint is given up");
-        let _one = machine.graph.lock().await;
         if let Err(e) = self.remove_half_made(machine, &[]).await {
             tracing::error!(vm = machine.name, error = %e, "the checkpoint could not be given up");
         }

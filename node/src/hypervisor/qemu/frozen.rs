@@ -69,6 +69,8 @@ pub(super) struct FrozenDisk {
     pace: Pace,
     pool: Mutex<Connections>,
     returned: Condvar,
+    /// Told when a read failed.
+    unreadable: Box<dyn Fn() + Send + Sync>,
 }
 
 struct Connections {
@@ -82,7 +84,11 @@ impl FrozenDisk {
     ///
     /// # Errors
     /// [`DiskError`].
-    pub(super) fn open(export: Export, pace: Pace) -> Result<Self, DiskError> {
+    pub(super) fn open(
+        export: Export,
+        pace: Pace,
+        unreadable: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Self, DiskError> {
         let first = Nbd::connect(&export.socket, &export.name, Some(nbd::ALLOCATION))
             .map_err(|e| failed(&export.file, "open", e))?;
         if first.size() != export.size {
@@ -108,7 +114,7 @@ impl FrozenDisk {
         };
         let unopened = pace.depth.saturating_sub(1);
         let pool = Mutex::new(Connections { idle: vec![first], unopened });
-        Ok(Self { export, info, pace, pool, returned: Condvar::new() })
+        Ok(Self { export, info, pace, pool, returned: Condvar::new(), unreadable })
     }
 
     /// Does something on a connection of its own. One that failed is not used again.
@@ -126,6 +132,9 @@ impl FrozenDisk {
         }
         drop(pool);
         self.returned.notify_one();
+        if result.is_err() {
+            (self.unreadable)();
+        }
         result.map_err(|e| failed(&self.export.file, op, e))
     }
 

@@ -475,3 +475,23 @@ async fn a_killed_qemu_means_lost_tracking_and_a_clean_end_keeps_it() {
     agent.destroy_reference_point(&lease, guid, &base).await.expect("removed");
     vm.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_that_cannot_be_read_is_given_up_at_once_and_its_bitmap_goes_on() {
+    if qemu_is_missing() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let host = Host::new(dir.path(), FabricId::random());
+    let a = dir.path().join("a.qcow2");
+    qcow2(&a, 20 * MIB);
+    let vm = Vm::start(&host, VmGuid::random(), &[&a], &[]).await;
+    let agent = host.agent().await;
+    let made = agent.create_checkpoint(&lease(), vm.guid, NAME, PLAIN).await.expect("a checkpoint");
+    agent.checkpoints_of().broken.mark(made.id);
+    assert!(agent.checkpoints(vm.guid).await.expect("listed").is_empty());
+    until("only the bitmap is left", || async { (vm.ours().await.len() == 1).then_some(()) }).await;
+    let point = agent.reference_points(vm.guid).await.expect("listed").remove(0);
+    assert_eq!(Some(point.id), agent.point_of(made.id));
+    vm.end().await;
+}
