@@ -125,6 +125,9 @@ pub struct JobTimes {
     /// How long a job goes on asking a busy hypervisor.
     #[serde(with = "humantime_serde")]
     pub busy_patience: Duration,
+    /// How long a volume in redirected mode, which is not its usual one, is waited for before the job goes on.
+    #[serde(with = "humantime_serde")]
+    pub redirected_patience: Duration,
     /// How long one WMI job may take.
     #[serde(with = "humantime_serde")]
     pub hypervisor_job: Duration,
@@ -147,6 +150,7 @@ impl Default for JobTimes {
             busy_first: Duration::from_millis(250),
             busy_ceiling: Duration::from_secs(60),
             busy_patience: Duration::from_secs(600),
+            redirected_patience: Duration::from_secs(300),
             hypervisor_job: Duration::from_secs(1800),
             merge_wait: Duration::from_secs(600),
             coordinator_wait: Duration::from_secs(120),

@@ -4,6 +4,7 @@
 //! retries included: a stale agent that wakes up in the middle of a back-off changes nothing.
 
 pub mod error;
+pub mod facts;
 pub mod hyperv;
 mod new_vm;
 #[cfg(unix)]
@@ -103,6 +104,8 @@ pub struct DiskSeen {
     pub slot: String,
     /// File; for a pass-through disk the device's path.
     pub path: String,
+    /// What the file is.
+    pub format: facts::Format,
     /// Why it cannot be part of a checkpoint; `None` when it can.
     pub uncapturable: Option<&'static str>,
 }
@@ -147,12 +150,10 @@ pub struct VmState {
     pub health: u64,
     /// Second operational status (what is going on).
     pub operation: u64,
-    /// Whether guest-consistent checkpoints can work (VSS or freeze component answers).
-    pub guest_quiesce: bool,
-    /// Replication state and health of a relationship, when there is one.
-    pub replication: Option<(u64, u64)>,
-    /// Free bytes of the volumes of its disks: (folder, free).
-    pub volumes: Vec<(PathBuf, u64)>,
+    /// What else is known of it.
+    pub facts: facts::VmFacts,
+    /// The volumes of its disks.
+    pub volumes: Vec<facts::Volume>,
 }
 
 impl VmState {
@@ -168,11 +169,32 @@ impl VmState {
         self.operation == 32774
     }
 
+    /// Whether its storage is being moved.
+    #[must_use]
+    pub fn is_moving_storage(&self) -> bool {
+        matches!(self.operation, 32778 | 32779)
+    }
+
+    /// Whether the hypervisor calls it critical.
+    #[must_use]
+    pub fn is_critical(&self) -> bool {
+        matches!(self.operation, 32782 | 32795)
+    }
+
     /// Whether a checkpoint is being merged.
     #[must_use]
     pub fn is_merging(&self) -> bool {
         self.operation == 32772
     }
+}
+
+/// Whether a VM of this configuration version can be captured with production checkpoints and change tracking (6.2 and
+/// later; facts, section 2.2). A version that is not told is not held against the VM: the hypervisor itself will refuse.
+#[must_use]
+pub fn tracks_changes(version: &str) -> bool {
+    let mut parts = version.split('.').map(|p| p.parse::<u32>().unwrap_or(0));
+    let found = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+    version.is_empty() || found >= (6, 2)
 }
 
 /// How a checkpoint is taken.
@@ -387,6 +409,22 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Starts a VM.
     async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError>;
+
+    /// Saves a running VM for a moment, through its cluster group where it has one; returns when it is saved.
+    ///
+    /// # Errors
+    /// Also where this hypervisor cannot do so without another interruption than saving.
+    async fn save_vm(&self, _lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+        Err(HypervisorError::Odd {
+            doing: format!("save VM {vm}"),
+            detail: "VMs of this hypervisor are never saved for a backup: change the group's consistency".into(),
+        })
+    }
+
+    /// Lets a VM run on that [`Hypervisor::save_vm`] saved, the same way; one that runs already is no error.
+    async fn resume_vm(&self, _lease: &Lease, _vm: VmGuid) -> Result<(), HypervisorError> {
+        Ok(())
+    }
 
     /// Turns a VM off at once (its disks are about to be replaced).
     async fn stop_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError>;

@@ -77,6 +77,11 @@ codes! {
     DISK_BROKEN = "OUT-D-0001", Broken, "A virtual disk is damaged or no virtual disk.", "Check the file named with its hypervisor; restore it if it is damaged.";
     PARENT_MISSING = "OUT-D-0002", Broken, "The parent of a differencing disk is missing or was changed.", "Put the parent back at the path named.";
     DISK_UNSUPPORTED = "OUT-N-0007", Refused, "A disk cannot be captured from the host.", "Protect it from inside the guest, or allow the group to leave it out.";
+    CONSISTENCY_UNREACHABLE = "OUT-N-0020", Refused, "The consistency that the group insists on cannot be reached.", "Meet one of the conditions named, or lower the group's minimum with `outrider group edit`.";
+    HOST_TOO_OLD = "OUT-N-0021", Refused, "The host is older than Windows Server 2016.", "Upgrade the host, move the VM to a newer one, or protect it from inside the guest.";
+    HOST_UNUSABLE = "OUT-N-0022", Retry, "The host cannot work on the VM now: isolated, in quarantine, or without its volume.", "Look at the node and its volumes in Failover Cluster Manager; the run is repeated.";
+    VM_BUSY = "OUT-N-0023", Retry, "Another operation on the VM is under way.", "Nothing: it is waited for, and the run is repeated after it.";
+    REPLICA_STATE = "OUT-N-0024", Retry, "Hyper-V Replica does not allow a backup of this VM now.", "Do what the sentence says for the state that it names; the run is repeated.";
     INTERNAL = "OUT-C-9999", Bug, "Something happened that must not.", "Report it with the log of the process named.";
 }
 

@@ -1,5 +1,7 @@
 //! What a hypervisor can answer instead of doing it, and whether asking again makes sense.
 
+pub mod codes;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -115,13 +117,9 @@ impl HypervisorError {
             #[cfg(unix)]
             Self::Qemu(e) if e.is_unknown() => Retry::Inspect,
             Self::Occupied { .. } => Retry::Later,
-            Self::Refused { code, .. } => match code {
-                // In use, wrong state, not available, out of memory; 5 is the CIM code of "invalid state".
-                32774 | 32775 | 32777 | 32778 | 5 | 0x8007_0020 => Retry::Later,
-                // Timeout: the service restarts.
-                32772 | 3 => Retry::Inspect,
-                _ => Retry::No,
-            },
+            Self::Refused { code, reason, .. } => {
+                codes::of(*code, reason).map_or(Retry::No, |known| known.next.retry())
+            }
             _ => Retry::No,
         }
     }
@@ -130,7 +128,9 @@ impl HypervisorError {
     #[must_use]
     pub fn is_guest_failure(&self) -> bool {
         match self {
-            Self::Refused { code: 32768 | 2, .. } => true,
+            Self::Refused { code, reason, .. } => {
+                codes::of(*code, reason).is_some_and(|known| known.next == codes::Next::OtherWay)
+            }
             #[cfg(unix)]
             Self::Qemu(super::qemu::QemuError::Guest { .. }) => true,
             _ => false,
@@ -138,33 +138,11 @@ impl HypervisorError {
     }
 }
 
-/// What a code of a Hyper-V method or job means, and what to do about it.
+/// What a code of a Hyper-V method or job means, and what to do about it. `text` is the job's own.
 #[must_use]
-pub fn meaning(code: u32) -> (&'static str, &'static str) {
-    match code {
-        1 | 32770 => ("not supported", "check that host and VM support it"),
-        2 | 32768 => ("it failed", "look at the host's Hyper-V-VMMS event log"),
-        3 | 32772 => ("it timed out", "check that the Virtual Machine Management service runs"),
-        4 | 32773 => ("a parameter is wrong", "report this with the agent's log"),
-        5 | 32775 => (
-            "the VM is in a state that does not allow it",
-            "wait until migrations, merges and replication are done",
-        ),
-        32769 | 0x8007_0005 => {
-            ("access denied", "run the agent as LocalSystem or as a Hyper-V administrator")
-        }
-        32774 | 0x8007_0020 => (
-            "the VM or a file of it is in use",
-            "another backup, a merge or a virus scanner holds it; wait or exclude it",
-        ),
-        32776 | 6 => ("a parameter has a wrong type", "report this with the agent's log"),
-        32777 => ("the VM is not available", "wait until it is"),
-        32778 => ("the host is out of memory", "free memory on the host"),
-        32779 => ("a file is in use or not there", "check the file named"),
-        0x8007_052F | 0x8007_0569 => (
-            "the account \"NT VIRTUAL MACHINE\\Virtual Machines\" may not log on as a service",
-            "give it that right in the group policy",
-        ),
-        _ => ("unknown reason", "look at the host's Hyper-V-VMMS event log"),
-    }
+pub fn meaning(code: u32, text: &str) -> (&'static str, &'static str) {
+    codes::of(code, text)
+        .map_or(("unknown reason", "look at the host's Hyper-V-VMMS event log"), |known| {
+            (known.meaning, known.remedy)
+        })
 }

@@ -7,15 +7,21 @@
 //! | `snapshot` | recovery checkpoints: make, name, look into, remove |
 //! | `reference_point`, `changes` | resilient change tracking |
 //! | `inventory`, `watch`, `cluster` | what is there, and what changes |
+//! | `facts`, `disks`, `volumes` | what the consistency plan and the prechecks decide on |
+//! | `offline` | saving a VM for a moment |
 //! | `import` | VMs from restored files |
 
 mod call;
 mod changes;
 mod cluster;
+mod disks;
+mod facts;
 mod import;
 mod inventory;
+mod offline;
 mod reference_point;
 mod snapshot;
+mod volumes;
 mod watch;
 mod wql;
 
@@ -42,13 +48,15 @@ pub struct HyperV {
     wmi: Arc<dyn Wmi>,
     files: Arc<dyn HostFiles>,
     times: JobTimes,
+    usual: Arc<volumes::UsualAccess>,
+    known: Arc<disks::KnownDisks>,
 }
 
 impl HyperV {
     /// The Hyper-V that `wmi` speaks to, of the host whose files `files` opens.
     #[must_use]
     pub fn new(wmi: Arc<dyn Wmi>, files: Arc<dyn HostFiles>, times: JobTimes) -> Self {
-        Self { wmi, files, times }
+        Self { wmi, files, times, usual: Arc::default(), known: Arc::default() }
     }
 }
 
@@ -152,6 +160,14 @@ impl Hypervisor for HyperV {
 
     async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
         self.request_state(lease, vm, import::RUN, "start").await
+    }
+
+    async fn save_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+        self.save(lease, vm).await
+    }
+
+    async fn resume_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+        self.resume(lease, vm).await
     }
 
     async fn stop_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {

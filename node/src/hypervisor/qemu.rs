@@ -53,6 +53,7 @@ use self::frozen::{Export, FrozenDisk, Pace, Rate};
 use self::held::Held;
 use self::machine::Machine;
 use self::names::Bitmaps;
+use super::facts::{Access, Guest, GuestKind, Service, VmFacts, Volume};
 use super::{
     Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk as Frozen, Hypervisor,
     HypervisorError, Inventory, NewVm, ReferencePoint, VmState,
@@ -252,13 +253,20 @@ impl Hypervisor for Qemu {
             path: self.scratch.clone(),
             reason: e.to_string(),
         })?;
+        let captured: Vec<u64> =
+            seen.disks.iter().filter(|d| d.uncapturable.is_none()).map(|d| d.size).collect();
         Ok(VmState {
             vm: seen,
             health: 2,
             operation: if machine.is_migrating() { 32774 } else { 0 },
-            guest_quiesce: machine.agent_socket().is_some(),
-            replication: None,
-            volumes: vec![(self.scratch.clone(), free)],
+            facts: VmFacts { guest: guest(machine.agent_socket().is_some()), ..VmFacts::default() },
+            volumes: vec![Volume {
+                folder: self.scratch.clone(),
+                free,
+                disk_bytes: captured.iter().sum(),
+                access: Access::Unknown,
+                usual: Access::Unknown,
+            }],
         })
     }
 
@@ -401,6 +409,12 @@ impl Hypervisor for Qemu {
         lease.may_mutate()?;
         Ok(self.forget(vm)?)
     }
+}
+
+/// A guest agent freezes mounted file systems; that applications take part, it does not tell.
+fn guest(has_agent: bool) -> Guest {
+    let backup = if has_agent { Service::Works } else { Service::Silent };
+    Guest { kind: GuestKind::Unix, backup, ..Guest::default() }
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -113,7 +113,8 @@ async fn steps(
         let journal = Journal::read(&*context.store, &context.sealer, context.lease.job()).await?;
         if !known.committed_point_id.is_empty() {
             context.phase("finishing the hand-over");
-            return Ok(handover::resume(context, vm, &known, &journal).await.err());
+            let untracked = untracked_now(context, vm, work).await;
+            return Ok(handover::resume(context, vm, &known, &journal, untracked).await.err());
         }
         let open = match adoptable(context, vm, &known, &journal).await? {
             Some(open) => open,
@@ -159,6 +160,7 @@ async fn steps(
                     committed,
                     binding.as_ref(),
                     &known,
+                    untracked_now(context, vm, work).await,
                 )
                 .await
                 .err());
@@ -179,6 +181,13 @@ async fn steps(
             Err(e) => return Err(e),
         }
     }
+}
+
+/// Whether changes are not asked for the next time; a VM that does not answer is taken for one whose changes are.
+async fn untracked_now(context: &JobContext, vm: &VmKey, work: &rpc::BackupWork) -> bool {
+    let state = context.hypervisor.vm(vm.guid).await;
+    work.no_change_tracking
+        || state.is_ok_and(|state| checkpoint::untracked(&state, work).is_some())
 }
 
 /// Whether a checkpoint is not there any more (asked after a failure, so an unanswered question counts as "there").

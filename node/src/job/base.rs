@@ -53,6 +53,8 @@ pub struct Known<'a> {
     pub wanted: BackupKind,
     /// Why a consistency check or this run was asked for.
     pub why: &'a str,
+    /// Why change tracking is not used for this VM at all.
+    pub untracked: Option<&'a str>,
     /// The coordinator's binding.
     pub binding: Option<&'a Binding>,
     /// Reference points that exist on this host.
@@ -86,6 +88,9 @@ pub fn plan_base(known: Known<'_>, disks: &[DiskFacts]) -> BasePlan {
             );
         }
         BackupKind::Incremental | BackupKind::Unspecified => {}
+    }
+    if let Some(reason) = known.untracked {
+        return everything(BackupKind::Full, reason);
     }
     let (binding, point, parent) = match base_of(known) {
         Ok(base) => base,
@@ -186,6 +191,7 @@ mod tests {
         wanted: BackupKind,
         incarnation: VmIncarnation,
         chunk_size: u32,
+        untracked: Option<&'static str>,
     }
 
     fn world() -> World {
@@ -241,6 +247,7 @@ mod tests {
             wanted: BackupKind::Incremental,
             incarnation: VmIncarnation(2),
             chunk_size: CHUNK,
+            untracked: None,
         }
     }
 
@@ -249,6 +256,7 @@ mod tests {
             let known = Known {
                 wanted: self.wanted,
                 why: "",
+                untracked: self.untracked,
                 binding: self.binding.as_ref(),
                 reference_points: &self.points,
                 parent: self.parent.as_ref(),
@@ -272,7 +280,8 @@ mod tests {
     #[test]
     fn any_doubt_about_the_base_reads_everything_and_says_why() {
         type Spoil = fn(&mut World);
-        let doubts: [(&str, Spoil); 9] = [
+        let doubts: [(&str, Spoil); 10] = [
+            ("tracking not to be used", |w| w.untracked = Some("switched off")),
             ("not bound", |w| w.binding = None),
             ("reference point gone", |w| w.points.clear()),
             ("another reference point", |w| w.points[0].id = "RP2".into()),

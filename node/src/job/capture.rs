@@ -241,6 +241,7 @@ async fn begin(
     let known = Known {
         wanted: work.kind(),
         why: &work.why,
+        untracked: how.untracked.as_deref(),
         binding,
         reference_points: &points,
         parent: parent.as_ref(),

@@ -8,8 +8,8 @@ use outrider_proto::rpc;
 use tokio::time::Instant;
 
 use super::{JobContext, JobError};
-use crate::consistency::{self, Wanted, Way};
-use crate::hypervisor::{Checkpoint, CheckpointRequest, HypervisorError, VmState};
+use crate::consistency::{self, Method, Plan, Wanted, Way};
+use crate::hypervisor::{Checkpoint, CheckpointRequest, HypervisorError, Retry, VmState};
 use crate::precheck::{self, Situation};
 
 /// What every checkpoint of ours is called first.
@@ -31,6 +31,8 @@ pub(super) struct Made {
 pub(super) struct How {
     pub(super) way: Way,
     pub(super) taken_unix_ms: u64,
+    /// Why no changes can be asked for, now and the next time.
+    pub(super) untracked: Option<String>,
 }
 
 /// Whether a checkpoint carries a name of ours.
@@ -38,9 +40,28 @@ pub(super) fn is_ours(checkpoint: &Checkpoint) -> bool {
     checkpoint.name.starts_with(PREFIX)
 }
 
+/// Ends the name of a checkpoint for which the VM may be saved: the duty that carries it says who has to start the VM
+/// again, whoever holds it then.
+const SAVES: &str = " saves";
+
 /// The name of this attempt's checkpoint.
-fn name(context: &JobContext, attempt: u32) -> String {
-    format!("{PREFIX}{} {attempt} {}", context.lease.job(), context.lease.epoch())
+fn name(context: &JobContext, attempt: u32, plan: &Plan) -> String {
+    let saves = plan.ways.iter().any(|w| w.method == Method::SaveFirst);
+    let end = if saves { SAVES } else { "" };
+    format!("{PREFIX}{} {attempt} {}{end}", context.lease.job(), context.lease.epoch())
+}
+
+/// Whether the VM may have been saved under this duty, and not been started again.
+pub(super) fn may_have_saved(duty: &rpc::Duty) -> bool {
+    duty.state() == rpc::DutyState::Recorded && duty.checkpoint_name.ends_with(SAVES)
+}
+
+/// Why changes of the VM are not to be asked for.
+pub(super) fn untracked(state: &VmState, work: &rpc::BackupWork) -> Option<String> {
+    if work.no_change_tracking {
+        return Some("everything is read: change tracking is switched off for the group".into());
+    }
+    precheck::untracked(state)
 }
 
 /// Checks, records the duty, makes the checkpoint, names it, reports it.
@@ -56,10 +77,16 @@ pub(super) async fn make(
 ) -> Result<Made, JobError> {
     context.phase("preparing");
     context.lease.wait_to_mutate().await?;
-    let (state, warnings) = until_possible(context, vm.guid, work.require_all_disks, late).await?;
-    let wanted = Wanted { wanted: work.wanted(), minimum: work.minimum() };
+    let (state, mut warnings) =
+        until_possible(context, vm.guid, work.require_all_disks, late).await?;
+    let wanted = Wanted {
+        wanted: work.wanted(),
+        minimum: work.minimum(),
+        quiesce: !work.no_quiesce,
+        offline: work.allow_offline,
+    };
     let plan = consistency::plan(&state, wanted)?;
-    let checkpoint_name = name(context, message.attempt);
+    let checkpoint_name = name(context, message.attempt, &plan);
     let duty = context
         .coordinator
         .record_duty(rpc::RecordDutyRequest {
@@ -70,21 +97,37 @@ pub(super) async fn make(
         })
         .await?;
     context.phase("creating the checkpoint");
-    let mut made = try_ways(context, vm.guid, &checkpoint_name, &plan.ways).await;
+    let attempt = Attempt { context, vm: vm.guid, name: &checkpoint_name, work };
+    let mut made = attempt.try_ways(&plan.ways).await;
     let mut rounds = 0;
-    while let Err(JobError::Hypervisor(e @ HypervisorError::Occupied { .. })) = &made
-        && rounds < ROUNDS
-    {
-        tracing::info!(reason = %e, "the checkpoint has to wait");
-        rounds += 1;
+    let started = Instant::now();
+    let mut backoff =
+        Backoff::new(context.times.busy_first, context.times.busy_ceiling, Backoff::any_seed());
+    while let Err(JobError::Hypervisor(e)) = &made {
+        if matches!(e, HypervisorError::Occupied { .. }) && rounds < ROUNDS {
+            tracing::info!(reason = %e, "the checkpoint has to wait");
+            rounds += 1;
+        } else if let Some(collision) = collision(&state, e) {
+            let pause = backoff.next_wait();
+            if started.elapsed() + pause >= context.times.busy_patience {
+                made = Err(JobError::Precheck(collision));
+                break;
+            }
+            tracing::info!(reason = collision.sentence, ?pause, "the checkpoint has to wait");
+            tokio::time::sleep(pause).await;
+        } else {
+            break;
+        }
         until_possible(context, vm.guid, work.require_all_disks, late).await?;
-        made = try_ways(context, vm.guid, &checkpoint_name, &plan.ways).await;
+        made = attempt.try_ways(&plan.ways).await;
     }
     let (checkpoint, way) = match made {
         Ok(made) => made,
         Err(e) => {
-            // Superseded: the duty is the next holder's. Else nothing is there, or the duty stays open and is cleaned up.
+            // Superseded: the duty is the next holder's. Else nothing is there, or the duty stays open and is cleaned up; so
+            // it is when the VM may not run yet.
             if !e.is_superseded()
+                && !may_have_saved(&duty)
                 && context.hypervisor.checkpoints(vm.guid).await.is_ok_and(|c| c.is_empty())
             {
                 update_duty(context, &duty, rpc::DutyState::Done, None, None).await?;
@@ -92,10 +135,18 @@ pub(super) async fn make(
             return Err(e);
         }
     };
+    if way.method != plan.ways.first().map_or(way.method, |w| w.method) {
+        warnings.push(format!(
+            "the recovery point is less consistent than planned ({}): {}",
+            consistency::text(way.gives),
+            way.reason
+        ));
+    }
     let taken_unix_ms = context.clock.unix_millis();
+    let untracked = untracked(&state, work);
     let duty =
         update_duty(context, &duty, rpc::DutyState::Created, Some(&checkpoint), None).await?;
-    Ok(Made { checkpoint, duty, how: How { way, taken_unix_ms }, warnings })
+    Ok(Made { checkpoint, duty, how: How { way, taken_unix_ms, untracked }, warnings })
 }
 
 /// Waits until a VM is on this host (again).
@@ -147,9 +198,9 @@ async fn until_possible(
                     context.hypervisor.destroy_checkpoint(&context.lease, vm, one).await?;
                     continue;
                 }
-                let captured = state.vm.disks.iter().filter(|d| d.uncapturable.is_none());
-                let disk_bytes = captured.map(|d| d.size).sum();
-                let situation = Situation { foreign: &foreign, require_all_disks, disk_bytes };
+                let redirected_waited = started.elapsed() >= context.times.redirected_patience;
+                let situation =
+                    Situation { foreign: &foreign, require_all_disks, redirected_waited };
                 let (obstacle, warnings) = precheck::check(&state, situation);
                 match obstacle {
                     None => return Ok((state, warnings)),
@@ -165,44 +216,86 @@ async fn until_possible(
             return Err(failure);
         }
         tracing::info!(reason = %failure, ?pause, "the checkpoint has to wait");
+        context.phase("waiting for the VM");
         tokio::time::sleep(pause).await;
     }
 }
 
-/// The best way that works; a guest that fails to bring its data to rest leads to the next one.
-async fn try_ways(
-    context: &JobContext,
+/// On the receiving side of a replication a refusal is a collision with the replication itself, and passes.
+fn collision(state: &VmState, error: &HypervisorError) -> Option<precheck::Obstacle> {
+    let refused = matches!(error, HypervisorError::Refused { .. });
+    let collides = refused && (error.is_guest_failure() || error.retry() == Retry::Later);
+    if collides { precheck::replica::collision(state, &error.to_string()) } else { None }
+}
+
+/// One attempt to make a checkpoint.
+struct Attempt<'a> {
+    context: &'a JobContext,
     vm: VmGuid,
-    name: &str,
-    ways: &[Way],
-) -> Result<(Checkpoint, Way), JobError> {
-    let mut guest_failure: Option<HypervisorError> = None;
-    for way in ways {
-        let request = CheckpointRequest { quiesce: way.quiesce, truncate_logs: false };
-        match context.hypervisor.create_checkpoint(&context.lease, vm, name, request).await {
-            Ok(checkpoint) => {
-                let mut way = way.clone();
-                if let Some(failure) = guest_failure {
-                    way.reason = format!("{}: {failure}", way.reason);
+    name: &'a str,
+    work: &'a rpc::BackupWork,
+}
+
+impl Attempt<'_> {
+    /// The best way that works. A guest that fails to bring its data to rest is asked again, and then leads to the next
+    /// way; nothing else does.
+    async fn try_ways(&self, ways: &[Way]) -> Result<(Checkpoint, Way), JobError> {
+        let mut guest_failure: Option<HypervisorError> = None;
+        for way in ways {
+            for _ in 0..way.attempts.max(1) {
+                match self.take(way).await {
+                    Ok(checkpoint) => {
+                        let mut way = way.clone();
+                        if let Some(failure) =
+                            guest_failure.filter(|_| way.method != Method::Quiesce)
+                        {
+                            way.reason = format!(
+                                "{}, because the guest could not bring its data to rest: {failure}",
+                                way.reason
+                            );
+                        }
+                        return Ok((checkpoint, way));
+                    }
+                    Err(e) if e.is_guest_failure() && way.method == Method::Quiesce => {
+                        tracing::warn!(error = %e, "the guest could not bring its data to rest");
+                        guest_failure = Some(e);
+                    }
+                    Err(e) => return Err(e.into()),
                 }
-                return Ok((checkpoint, way));
             }
-            Err(e) if e.is_guest_failure() && way.quiesce => {
-                tracing::warn!(error = %e, "the guest could not bring its data to rest");
-                guest_failure = Some(e);
-            }
-            Err(e) => return Err(e.into()),
         }
+        Err(guest_failure.map_or_else(
+            || {
+                JobError::Hypervisor(HypervisorError::Odd {
+                    doing: "create a checkpoint".into(),
+                    detail: "the consistency plan holds no way".into(),
+                })
+            },
+            JobError::from,
+        ))
     }
-    Err(guest_failure.map_or_else(
-        || {
-            JobError::Hypervisor(HypervisorError::Odd {
-                doing: "create a checkpoint".into(),
-                detail: "the consistency plan holds no way".into(),
-            })
-        },
-        JobError::from,
-    ))
+
+    async fn take(&self, way: &Way) -> Result<Checkpoint, HypervisorError> {
+        let (hypervisor, lease) = (&self.context.hypervisor, &self.context.lease);
+        let request = CheckpointRequest {
+            quiesce: way.method == Method::Quiesce,
+            truncate_logs: self.work.truncate_logs,
+        };
+        if way.method != Method::SaveFirst {
+            return hypervisor.create_checkpoint(lease, self.vm, self.name, request).await;
+        }
+        self.context.phase("saving the VM for a moment");
+        let saved = hypervisor.save_vm(lease, self.vm).await;
+        let made = match saved {
+            Ok(()) => hypervisor.create_checkpoint(lease, self.vm, self.name, request).await,
+            Err(e) => Err(e),
+        };
+        // Whatever happened, it is to run on; when this fails the duty says so to whoever comes next.
+        let resumed = hypervisor.resume_vm(lease, self.vm).await;
+        self.context.phase("creating the checkpoint");
+        let made = made?;
+        resumed.map(|()| made)
+    }
 }
 
 /// Tells the coordinator what became of a duty.

@@ -155,7 +155,7 @@ impl JobError {
             Self::Coordinator(CoordinatorError::Superseded { .. }) => error_code::SUPERSEDED,
             Self::Coordinator(_) => error_code::NO_LEADER,
             Self::Precheck(obstacle) => obstacle.code,
-            Self::Consistency(_) => error_code::CHECKPOINT_FAILED,
+            Self::Consistency(_) => error_code::CONSISTENCY_UNREACHABLE,
             Self::CheckpointGone { .. } => error_code::CHECKPOINT_GONE,
             Self::ReceiptsLacking { .. } => error_code::RECEIPTS_LACKING,
             Self::Restore(RestoreError::Store(e)) => of_store(e),

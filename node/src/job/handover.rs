@@ -30,6 +30,8 @@ struct HandOver<'a> {
     duty: rpc::Duty,
     /// Reference point that was bound before.
     older: Option<String>,
+    /// Changes are not asked for the next time: no reference point is kept.
+    untracked: bool,
 }
 
 /// Right after the commit, by the attempt that made it.
@@ -40,6 +42,7 @@ pub(super) async fn after_commit(
     committed: Committed,
     binding: Option<&Binding>,
     known: &rpc::AskReply,
+    untracked: bool,
 ) -> Result<(), JobError> {
     let Committed { point, manifest_id, manifest, journal } = committed;
     let mut journal = journal.lock().await;
@@ -50,6 +53,7 @@ pub(super) async fn after_commit(
         manifest: &manifest,
         duty: open.duty.clone(),
         older: binding.map(|b| b.reference_point.clone()),
+        untracked,
     };
     convert_and_bind(context, work, &open.checkpoint, &mut journal).await?;
     clean(context, vm, &known.duties).await
@@ -61,6 +65,7 @@ pub(super) async fn resume(
     vm: &VmKey,
     known: &rpc::AskReply,
     journal: &Journal,
+    untracked: bool,
 ) -> Result<(), JobError> {
     context.lease.wait_to_mutate().await?;
     let job = context.lease.job().to_string();
@@ -68,11 +73,12 @@ pub(super) async fn resume(
     let adopted = journal.latest();
     let mine = known.duties.iter().find(|d| d.job_id == job && d.state() != DutyState::Done);
     if let Some(duty) = mine {
-        finish_duty(context, vm, known, journal, point, duty, adopted.as_ref()).await?;
+        finish_duty(context, vm, known, journal, point, duty, adopted.as_ref(), untracked).await?;
     }
     clean(context, vm, &known.duties).await
 }
 
+#[expect(clippy::too_many_arguments, reason = "all that a later attempt finds")]
 async fn finish_duty(
     context: &JobContext,
     vm: &VmKey,
@@ -81,6 +87,7 @@ async fn finish_duty(
     point: PointId,
     duty: &rpc::Duty,
     adopted: Option<&Adopted>,
+    untracked: bool,
 ) -> Result<(), JobError> {
     let point_id = point;
     let bound =
@@ -116,8 +123,15 @@ async fn finish_duty(
                 context.lease.epoch(),
             );
             let older = older();
-            let work =
-                HandOver { vm, point, manifest_id, manifest: &manifest, duty: duty.clone(), older };
+            let work = HandOver {
+                vm,
+                point,
+                manifest_id,
+                manifest: &manifest,
+                duty: duty.clone(),
+                older,
+                untracked,
+            };
             return convert_and_bind(context, work, checkpoint, &mut writer).await;
         }
         // The reference point is known to come from this duty's checkpoint.
@@ -132,6 +146,7 @@ async fn finish_duty(
                     manifest: &manifest,
                     duty: duty.clone(),
                     older,
+                    untracked,
                 };
                 return bind(context, &work, named).await;
             }
@@ -144,8 +159,15 @@ async fn finish_duty(
                 let duty =
                     update_duty(context, duty, DutyState::Converted, None, Some(&point.id)).await?;
                 let older = older();
-                let work =
-                    HandOver { vm, point: point_id, manifest_id, manifest: &manifest, duty, older };
+                let work = HandOver {
+                    vm,
+                    point: point_id,
+                    manifest_id,
+                    manifest: &manifest,
+                    duty,
+                    older,
+                    untracked: false,
+                };
                 return bind(context, &work, point).await;
             }
         }
@@ -207,6 +229,11 @@ async fn convert_and_bind(
     journal: &mut JournalWriter,
 ) -> Result<(), JobError> {
     context.lease.wait_to_mutate().await?;
+    if work.untracked {
+        // What was bound before stays bound: it is a base for the day when changes are asked for again.
+        context.hypervisor.destroy_checkpoint(&context.lease, work.vm.guid, checkpoint).await?;
+        return Ok(());
+    }
     let existing = context.hypervisor.reference_points(work.vm.guid).await?;
     journal
         .append(&JournalEntry::Converting {

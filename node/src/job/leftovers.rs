@@ -10,9 +10,9 @@
 use outrider_proto::ids::{VmGuid, VmKey};
 use outrider_proto::rpc::{self, DutyState};
 
-use super::checkpoint::{is_ours, update_duty};
+use super::checkpoint::{is_ours, may_have_saved, update_duty};
 use super::{JobContext, JobError, Outcome};
-use crate::hypervisor::{Checkpoint, HypervisorError, ReferencePoint};
+use crate::hypervisor::{Checkpoint, HypervisorError, Power, ReferencePoint};
 
 /// A cleanup job: nothing but the removal of what open duties name.
 pub(super) async fn run(
@@ -59,6 +59,13 @@ pub(super) async fn clear(
     let points = context.hypervisor.reference_points(vm).await?;
     let bound = binding.map(|b| b.reference_point_id.as_str()).unwrap_or_default();
     let open: Vec<&rpc::Duty> = duties.iter().filter(|d| d.state() != DutyState::Done).collect();
+
+    if open.iter().any(|d| may_have_saved(d))
+        && context.hypervisor.vm(vm).await?.vm.power == Power::Saved
+    {
+        tracing::warn!(%vm, "starting a VM that an earlier attempt saved");
+        context.hypervisor.resume_vm(&context.lease, vm).await?;
+    }
 
     let nameless: Vec<&Checkpoint> =
         checkpoints.iter().filter(|c| !is_ours(c) && !named_by(c, &open)).collect();

@@ -23,6 +23,8 @@ use async_trait::async_trait;
 pub const NS_VIRTUALIZATION: &str = r"root\virtualization\v2";
 /// The namespace of the failover cluster provider.
 pub const NS_CLUSTER: &str = r"root\MSCluster";
+/// The namespace of Windows itself: release, services.
+pub const NS_CIM: &str = r"root\cimv2";
 
 /// Something that answers WMI requests for one host.
 ///

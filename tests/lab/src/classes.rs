@@ -1,12 +1,14 @@
 //! The WMI classes: instances, object paths and associations, as the facts describe them.
 
 mod cluster;
+mod facts;
 mod virtualization;
 
 use outrider_wmi::lab::wire::Refusal;
-use outrider_wmi::{NS_CLUSTER, NS_VIRTUALIZATION, Object};
+use outrider_wmi::{NS_CIM, NS_CLUSTER, NS_VIRTUALIZATION, Object};
 
 pub(crate) use cluster::{group_objects, nodes};
+pub(crate) use facts::summary_of;
 pub(crate) use virtualization::{
     checkpoint_path, computer_system, job_path, planned_system, reference_point_path, system_path,
 };
@@ -25,6 +27,8 @@ fn instances(
         virtualization::instances(state, host, class)
     } else if namespace.eq_ignore_ascii_case(NS_CLUSTER) {
         cluster::instances(state, class)
+    } else if namespace.eq_ignore_ascii_case(NS_CIM) {
+        facts::windows(state, host, class)
     } else {
         return Err(Refusal::NoNamespace(namespace.to_owned()));
     };

@@ -14,6 +14,7 @@ use crate::control::{
     CallRecord, Command, Comparison, CreateVm, DiskSource, Fault, FileBytes, GateSpec, GuestWrite,
     HoldSpec, LabState, MigrationKind, TruthRecord, VmState, WaitFor,
 };
+use crate::shape::{HostShape, VmShape};
 use crate::steer::CommandError;
 
 /// Why a command was not done.
@@ -125,6 +126,26 @@ impl LabControl {
     /// Whether the guest's VSS integration answers.
     pub async fn set_vss(&self, vm: &str, ok: bool) -> Result<(), ControlError> {
         self.ask(Command::SetVss { vm: vm.into(), ok }).await
+    }
+
+    /// Changes what WMI shows of a VM.
+    pub async fn shape_vm(&self, vm: &str, shape: VmShape) -> Result<(), ControlError> {
+        self.ask(Command::ShapeVm { vm: vm.into(), shape: Box::new(shape) }).await
+    }
+
+    /// Changes what Windows and the cluster show of a host.
+    pub async fn shape_host(&self, host: &str, shape: HostShape) -> Result<(), ControlError> {
+        self.ask(Command::ShapeHost { host: host.into(), shape }).await
+    }
+
+    /// Changes the cluster's functional level.
+    pub async fn shape_cluster(&self, functional_level: u32) -> Result<(), ControlError> {
+        self.ask(Command::ShapeCluster { functional_level }).await
+    }
+
+    /// Changes the FaultState of a CSV: 0 direct, 1 redirected, 2 no access.
+    pub async fn shape_csv(&self, csv: &str, fault_state: u32) -> Result<(), ControlError> {
+        self.ask(Command::ShapeCsv { csv: csv.into(), fault_state }).await
     }
 
     /// Lets the guest write now; gives the bytes written.

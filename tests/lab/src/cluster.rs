@@ -66,6 +66,7 @@ impl Cluster {
             chance: Chance::new(config.seed),
             counter: 0,
             outbox: Vec::new(),
+            around: Default::default(),
         };
         Ok(Arc::new(Self {
             config,

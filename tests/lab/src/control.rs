@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::config::CheckpointOnMigration;
+use crate::shape::{HostShape, VmShape};
 
 /// A new VM.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -62,6 +63,23 @@ pub enum DiskSource {
     },
     /// A pass-through disk: never part of a checkpoint.
     PassThrough,
+    /// A virtual Fibre Channel adapter: its disks are not the host's.
+    FibreChannel,
+    /// A VHDX that several VMs share: never part of a checkpoint.
+    Shared {
+        /// Guest-visible size in bytes.
+        size: u64,
+    },
+    /// A VHDX on a persistent memory controller: never part of a checkpoint.
+    PersistentMemory {
+        /// Guest-visible size in bytes.
+        size: u64,
+    },
+    /// A VHD set.
+    VhdSet {
+        /// Guest-visible size in bytes.
+        size: u64,
+    },
 }
 
 /// Kinds of migration inside the cluster.
@@ -168,6 +186,11 @@ pub enum FaultKind {
     },
     /// The job of `method` works but ends in state 32768, completed with warnings.
     JobWarns {
+        /// Method name.
+        method: String,
+    },
+    /// The job of `method` works and is forgotten at once: it cannot be asked for any more.
+    JobVanishes {
         /// Method name.
         method: String,
     },
@@ -295,6 +318,10 @@ pub(crate) enum Command {
     PauseVm { vm: String },
     DeleteVm { vm: String },
     SetVss { vm: String, ok: bool },
+    ShapeVm { vm: String, shape: Box<VmShape> },
+    ShapeHost { host: String, shape: HostShape },
+    ShapeCluster { functional_level: u32 },
+    ShapeCsv { csv: String, fault_state: u32 },
     GuestWrite(GuestWrite),
     GuestRate { vm: String, bytes_per_second: u64, seed: u64 },
     UserCheckpoint { vm: String, name: String },

@@ -12,6 +12,7 @@ use crate::control::DiskSource;
 use crate::error::LabError;
 use crate::model::{Disk, guid};
 use crate::rct::Tracker;
+use crate::shape::Device;
 
 /// Block size of disks made by the lab when none is asked for.
 const DEFAULT_BLOCK: u32 = 2 << 20;
@@ -162,7 +163,23 @@ pub(crate) fn provide(
             VhdxWriter::create(&path, &options)?.close()?;
             Ok(Some(path))
         }
-        DiskSource::PassThrough => Ok(None),
+        DiskSource::PassThrough
+        | DiskSource::FibreChannel
+        | DiskSource::Shared { .. }
+        | DiskSource::PersistentMemory { .. }
+        | DiskSource::VhdSet { .. } => Ok(None),
+    }
+}
+
+/// What a disk is that no checkpoint holds, with the file that its settings name (nothing reads it).
+pub(crate) fn device(source: &DiskSource, folder: &Path, stem: &str) -> Option<Device> {
+    let file = |extension: &str| folder.join(format!("{stem}.{extension}"));
+    match source {
+        DiskSource::FibreChannel => Some(Device::FibreChannel),
+        DiskSource::Shared { .. } => Some(Device::Shared(file("vhdx"))),
+        DiskSource::PersistentMemory { .. } => Some(Device::PersistentMemory(file("vhdpmem"))),
+        DiskSource::VhdSet { .. } => Some(Device::VhdSet(file("vhds"))),
+        _ => None,
     }
 }
 

@@ -138,6 +138,7 @@ impl FaultKind {
             Self::MethodReturns { method, .. }
             | Self::JobFails { method, .. }
             | Self::JobWarns { method }
+            | Self::JobVanishes { method }
             | Self::NullResult { method }
             | Self::Delay { method, .. } => method.eq_ignore_ascii_case(wanted),
             _ => false,

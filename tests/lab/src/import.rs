@@ -14,6 +14,7 @@ use crate::disks;
 use crate::error::LabError;
 use crate::jobs::JobError;
 use crate::model::{CREATED, DELETED, Disk, Power, State, Vm, guid};
+use crate::shape::Shape;
 
 /// Longest definition file that is read.
 const MAX_DEFINITION: u64 = 1 << 20;
@@ -138,6 +139,7 @@ pub(crate) fn import(
         id: d.id,
         location: d.location,
         chain: d.path.iter().cloned().collect(),
+        device: None,
         size: 0,
         disk_id: Uuid::nil(),
     });
@@ -182,6 +184,7 @@ impl Vm {
             folder,
             created: now(),
             vss: true,
+            shape: Shape::default(),
             steady: None,
             io: Arc::default(),
         }

@@ -157,7 +157,19 @@ impl Cluster {
                     }
                 }
             };
-            cluster.change(|s| s.end_job(id, result));
+            cluster.change(|s| {
+                let job = s.jobs.get(&id).map(|j| (j.vm, j.host.clone(), j.method.clone()));
+                s.end_job(id, result);
+                let forgotten = job.and_then(|(vm, host, method)| {
+                    s.strike(vm, Some(&host), |k| {
+                        (matches!(k, FaultKind::JobVanishes { .. }) && k.is_about(&method))
+                            .then_some(())
+                    })
+                });
+                if forgotten.is_some() {
+                    s.jobs.remove(&id);
+                }
+            });
             // Who does not wait for the end is free not to.
             let _ = sender.send(());
             tokio::select! {

@@ -13,6 +13,7 @@
 //! | `model`, `rct`, `disks`, `guest`, `truth` | a VM and its bytes |
 //! | `classes`, `wql`, `methods` | the WMI face |
 //! | `checkpoint`, `merge`, `migrate`, `host`, `import` | what Hyper-V and the cluster do |
+//! | `shape` | what WMI shows of guests, replication and the cluster besides |
 //! | `faults`, `gate` | how a test interferes |
 
 mod checkpoint;
@@ -35,6 +36,7 @@ mod migrate;
 mod model;
 mod rct;
 mod serve;
+mod shape;
 mod steer;
 mod truth;
 mod wql;
@@ -48,3 +50,4 @@ pub use control::{
 };
 pub use error::LabError;
 pub use serve::run;
+pub use shape::{HostShape, Relation, VmShape};

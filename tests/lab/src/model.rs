@@ -16,6 +16,7 @@ use crate::faults::{ActiveFault, Hold};
 use crate::gate::{Gate, OpenFile};
 use crate::guest::Chance;
 use crate::jobs::Job;
+use crate::shape::{Device, Shape, Surroundings};
 
 /// Everything that a query can see.
 pub(crate) struct State {
@@ -37,6 +38,7 @@ pub(crate) struct State {
     pub(crate) chance: Chance,
     pub(crate) counter: u64,
     pub(crate) outbox: Vec<Notice>,
+    pub(crate) around: Surroundings,
 }
 
 /// Something that subscribers hear of.
@@ -129,6 +131,8 @@ pub(crate) struct Vm {
     pub(crate) created: u64,
     /// Whether the guest's VSS integration answers.
     pub(crate) vss: bool,
+    /// What WMI shows besides.
+    pub(crate) shape: Shape,
     pub(crate) steady: Option<SteadyGuest>,
     /// The bytes; locked only on threads that may block, and never while the state is locked.
     pub(crate) io: Arc<Mutex<VmIo>>,
@@ -148,8 +152,10 @@ pub(crate) struct SteadyGuest {
 pub(crate) struct Disk {
     pub(crate) id: Uuid,
     pub(crate) location: u32,
-    /// Base first, leaf last; empty for a pass-through disk.
+    /// Base first, leaf last; empty for a disk that no checkpoint holds.
     pub(crate) chain: Vec<PathBuf>,
+    /// What such a disk is, if it is no pass-through disk.
+    pub(crate) device: Option<Device>,
     pub(crate) size: u64,
     pub(crate) disk_id: Uuid,
 }

@@ -105,6 +105,40 @@ async fn obey(cluster: &Arc<Cluster>, command: Command) -> Result<Json, LabError
             .and_then(json)
         }
         Command::SetVss { vm, ok } => json(cluster.change_vm(id_of(&vm)?, |vm| vm.vss = ok)?),
+        Command::ShapeVm { vm, shape } => {
+            let id = id_of(&vm)?;
+            json(cluster.change(|s| {
+                let vm = s.vm_mut(id)?;
+                vm.version = shape.version.clone().unwrap_or_else(|| vm.version.clone());
+                vm.shape.change(*shape);
+                s.announce_vm(id);
+                s.announce_group(id, None);
+                Ok::<_, LabError>(())
+            })?)
+        }
+        Command::ShapeHost { host, shape } => json(cluster.change(|s| {
+            s.host_mut(&host)?;
+            s.around.change_host(&host, &shape);
+            let was = crate::classes::nodes(s)
+                .iter()
+                .find(|n| n.str("Name") == Some(host.as_str()))
+                .and_then(|n| n.u64("State"))
+                .and_then(|state| u32::try_from(state).ok())
+                .unwrap_or(0);
+            s.announce_node(&host, was);
+            Ok::<_, LabError>(())
+        })?),
+        Command::ShapeCluster { functional_level } => {
+            cluster.change(|s| s.around.functional_level = functional_level);
+            json(())
+        }
+        Command::ShapeCsv { csv, fault_state } => json(cluster.change(|s| {
+            if s.csvs.iter().all(|c| c.name != csv) {
+                return Err(LabError::unknown("CSV", &csv));
+            }
+            s.around.csvs.insert(csv, fault_state);
+            Ok(())
+        })?),
         Command::GuestWrite(write) => guest::write(cluster, write).await.and_then(json),
         Command::GuestRate { vm, bytes_per_second, seed } => {
             json(vms::guest_rate(cluster, id_of(&vm)?, bytes_per_second, seed).await?)

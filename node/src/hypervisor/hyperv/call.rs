@@ -7,7 +7,7 @@ use outrider_wmi::{NS_CLUSTER, NS_VIRTUALIZATION, Object, Value, WmiError};
 use tokio::time::Instant;
 
 use super::HyperV;
-use crate::hypervisor::error::{HypervisorError, Retry, meaning};
+use crate::hypervisor::error::{HypervisorError, Retry, codes, meaning};
 use crate::lease::Lease;
 
 /// Return values of methods.
@@ -172,7 +172,7 @@ impl HyperV {
                 Ok(Finished { out, affected })
             }
             code => {
-                let (reason, remedy) = meaning(code);
+                let (reason, remedy) = meaning(code, "");
                 Err(HypervisorError::Refused {
                     doing: call.doing.clone(),
                     code,
@@ -211,12 +211,12 @@ impl HyperV {
             }
             if ENDED_BADLY.contains(&state) || matches!(state, COMPLETED | COMPLETED_WITH_WARNINGS)
             {
-                let (meant, remedy) = meaning(code);
-                let told = object.str("ErrorDescription").filter(|t| !t.is_empty());
+                let told = told_by(&object);
+                let (meant, remedy) = meaning(code, &told);
                 return Err(HypervisorError::Refused {
                     doing: doing.to_owned(),
                     code,
-                    reason: told.unwrap_or(meant).to_owned(),
+                    reason: if told.is_empty() { meant.to_owned() } else { told },
                     remedy,
                 });
             }
@@ -250,9 +250,17 @@ impl HyperV {
 /// A method's return value; HRESULTs arrive as negative numbers.
 fn return_value(out: &Object) -> Option<u32> {
     match out.get("ReturnValue") {
-        Value::Int(n) => Some(*n as u32),
-        value => value.as_u64().and_then(|n| u32::try_from(n).ok()),
+        Value::Int(n) => codes::from_signed(*n),
+        Value::UInt(n) => u32::try_from(*n).ok(),
+        Value::Str(text) => text.parse().ok().and_then(codes::from_signed),
+        _ => None,
     }
+}
+
+/// A failed job's own words; the summary where there is no description.
+fn told_by(job: &Object) -> String {
+    let of = |name| job.str(name).map(str::trim).filter(|t| !t.is_empty());
+    of("ErrorDescription").or_else(|| of("ErrorSummaryDescription")).unwrap_or_default().to_owned()
 }
 
 pub(super) fn provider(doing: &str) -> impl FnOnce(WmiError) -> HypervisorError + '_ {

@@ -8,10 +8,7 @@ use outrider_wmi::Value;
 use super::HyperV;
 use super::call::Call;
 use crate::hypervisor::error::HypervisorError;
-
-/// Errors of virtdisk that mean "read this disk in full": invalid id, tracking disabled, information missing,
-/// unexpected id.
-const TRACKING_LOST: [u32; 4] = [0xC03A_0029, 0xC03A_002A, 0xC03A_0030, 0xC03A_0034];
+use crate::hypervisor::error::codes::{self, Next};
 
 impl HyperV {
     pub(super) async fn disk_changes(
@@ -40,7 +37,7 @@ impl HyperV {
             let out = match self.ask(&call).await {
                 Ok(finished) => finished.out,
                 Err(HypervisorError::Refused { code, reason, .. })
-                    if TRACKING_LOST.contains(&code) || names_lost_tracking(&reason) =>
+                    if codes::of(code, &reason).is_some_and(|k| k.next == Next::ReadAll) =>
                 {
                     return Err(lost(reason));
                 }
@@ -66,10 +63,4 @@ impl HyperV {
         changed.clamp(size);
         Ok(changed)
     }
-}
-
-/// Whether a job's text carries one of the codes above.
-fn names_lost_tracking(reason: &str) -> bool {
-    let reason = reason.to_ascii_uppercase();
-    TRACKING_LOST.iter().any(|code| reason.contains(&format!("{code:08X}")))
 }

@@ -1,7 +1,7 @@
 //! The failover cluster's database: who owns which VM, which hosts are up, making a VM highly available.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use outrider_proto::ids::VmGuid;
 use outrider_wmi::{NS_CLUSTER, Object};
@@ -73,33 +73,6 @@ impl HyperV {
         Ok(partitions.iter().filter_map(volume).collect())
     }
 
-    /// Free bytes of the Cluster Shared Volume that each folder is on, else of the folder's own file system.
-    pub(super) async fn free_space(
-        &self,
-        folders: Vec<PathBuf>,
-    ) -> Result<Vec<(PathBuf, u64)>, HypervisorError> {
-        let volumes = self.shared_volumes().await.unwrap_or_default();
-        let mut found: Vec<(PathBuf, u64)> = Vec::new();
-        for folder in folders {
-            let on_csv = volumes
-                .iter()
-                .filter(|(root, _)| folder.starts_with(root))
-                .max_by_key(|(root, _)| root.as_os_str().len());
-            let (place, free) = match on_csv {
-                Some((root, free)) => (root.clone(), *free),
-                None => match outrider_process::fs::free_space(existing(&folder)) {
-                    Ok(free) => (folder, free),
-                    // Not told is not held against the VM.
-                    Err(_) => continue,
-                },
-            };
-            if found.iter().all(|(f, _)| *f != place) {
-                found.push((place, free));
-            }
-        }
-        Ok(found)
-    }
-
     pub(super) async fn make_highly_available(
         &self,
         lease: &Lease,
@@ -161,9 +134,4 @@ impl HyperV {
         }
         Ok(())
     }
-}
-
-/// The nearest folder that exists.
-fn existing(folder: &Path) -> &Path {
-    folder.ancestors().find(|f| f.exists()).unwrap_or(folder)
 }

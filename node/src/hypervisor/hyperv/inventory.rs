@@ -1,31 +1,41 @@
-//! What VMs there are, and what state they are in.
+//! What VMs there are: one query a class, whatever the number of VMs.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 
-use outrider_proto::ids::{DiskId, VmGuid};
-use outrider_wmi::{Object, Value, WmiError, embedded};
+use outrider_proto::ids::VmGuid;
+use outrider_wmi::{Object, WmiError};
+use uuid::Uuid;
 
 use super::HyperV;
-use super::call::Call;
-use super::snapshot::is_virtual_disk;
 use super::wql::{self, PLANNED, REALIZED, RESOURCE, SETTINGS, STORAGE, SYSTEM, literal};
 use crate::hypervisor::error::HypervisorError;
-use crate::hypervisor::{DiskSeen, Inventory, Power, ReplicaRole, VmSeen, VmState};
-
-const PASS_THROUGH: &str = "Microsoft:Hyper-V:Physical Disk Drive";
+use crate::hypervisor::facts::ReplicaSide;
+use crate::hypervisor::{Inventory, Power, ReplicaRole, VmSeen};
 
 impl HyperV {
     pub(super) async fn full_inventory(&self) -> Result<Inventory, HypervisorError> {
         let doing = "list the VMs of this host";
         let systems = self.query(doing, &format!("SELECT * FROM {SYSTEM}")).await?;
         let planned = self.query(doing, &format!("SELECT * FROM {PLANNED}")).await?;
+        let realized =
+            format!("SELECT * FROM {SETTINGS} WHERE VirtualSystemType={}", literal(REALIZED));
+        let settings = by_settings(self.query("read VMs' settings", &realized).await?);
+        let listing = "list the disks of VMs";
+        let mut parts = self.query(listing, &format!("SELECT * FROM {STORAGE}")).await?;
+        parts.extend(self.query(listing, &format!("SELECT * FROM {RESOURCE}")).await?);
+        let parts = by_settings(parts);
         let owners = self.cluster_owners().await?;
+        let nothing = Vec::new();
         let mut vms = Vec::new();
         for system in &systems {
-            // The host itself is a computer system, too; VMs are named by GUID.
+            // The host itself is a computer system, too; VMs are named by GUID. Captions are translated.
             let Some(vm) = wql::named_guid(system) else { continue };
-            vms.push(self.describe(system, vm, &owners).await?);
+            let mut seen = seen(system, vm, &owners);
+            if let Some(settings) = settings.get(&vm.0).and_then(|s| s.first()) {
+                configured(&mut seen, settings);
+            }
+            seen.disks = self.disks(parts.get(&vm.0).unwrap_or(&nothing), true).await;
+            vms.push(seen);
         }
         for system in &planned {
             let Some(vm) = wql::named_guid(system) else { continue };
@@ -34,6 +44,8 @@ impl HyperV {
             }
         }
         let (nodes_up, nodes_down) = self.cluster_nodes().await?;
+        // Also learns how each volume is usually reached.
+        self.csvs().await?;
         Ok(Inventory { vms, nodes_up, nodes_down })
     }
 
@@ -41,161 +53,69 @@ impl HyperV {
     pub(super) async fn one_vm(&self, vm: VmGuid) -> Result<Option<VmSeen>, HypervisorError> {
         let Some(system) = self.system(vm).await? else { return Ok(None) };
         let owners = self.cluster_owners().await?;
-        self.describe(&system, vm, &owners).await.map(Some)
+        let mut seen = seen(&system, vm, &owners);
+        if let Some(settings) = self.active_settings(vm).await? {
+            configured(&mut seen, &settings);
+            let parts = self.components(&settings).await?;
+            seen.disks = self.disks(&parts, false).await;
+        }
+        Ok(Some(seen))
     }
 
-    async fn system(&self, vm: VmGuid) -> Result<Option<Object>, HypervisorError> {
+    pub(super) async fn system(&self, vm: VmGuid) -> Result<Option<Object>, HypervisorError> {
         let wql = format!("SELECT * FROM {SYSTEM} WHERE Name={}", literal(&wql::guid(vm.0)));
         Ok(self.query("look at a VM", &wql).await?.into_iter().next())
     }
 
-    async fn describe(
+    pub(super) async fn active_settings(
         &self,
-        system: &Object,
         vm: VmGuid,
-        owners: &HashMap<VmGuid, String>,
-    ) -> Result<VmSeen, HypervisorError> {
+    ) -> Result<Option<Object>, HypervisorError> {
         let wql = format!(
             "SELECT * FROM {SETTINGS} WHERE VirtualSystemIdentifier={} AND VirtualSystemType={}",
             literal(&wql::guid(vm.0)),
             literal(REALIZED)
         );
-        let settings = self.query("read a VM's settings", &wql).await?.into_iter().next();
-        let mut seen = seen(system, vm, owners);
-        if let Some(settings) = settings {
-            seen.version = settings.str("Version").unwrap_or_default().to_owned();
-            seen.generation =
-                if settings.str("VirtualSystemSubType").is_some_and(|t| t.ends_with(":1")) {
-                    1
-                } else {
-                    2
-                };
-            seen.disks = self.active_disks(&settings).await?;
-        }
-        Ok(seen)
+        Ok(self.query("read a VM's settings", &wql).await?.into_iter().next())
     }
 
-    async fn active_disks(&self, settings: &Object) -> Result<Vec<DiskSeen>, HypervisorError> {
+    /// All that a VM is made of, of whatever class; nothing when it left while we looked.
+    pub(super) async fn components(
+        &self,
+        settings: &Object,
+    ) -> Result<Vec<Object>, HypervisorError> {
         const ASSOCIATION: &str = "Msvm_VirtualSystemSettingDataComponent";
-        let doing = "list the disks of a VM";
-        let storage = match self.associated(doing, &settings.path, ASSOCIATION, STORAGE).await {
-            // The VM left while we looked.
+        match self.associated("list the disks of a VM", &settings.path, ASSOCIATION, "").await {
             Err(HypervisorError::Provider { source: WmiError::NotFound { .. }, .. }) => {
-                return Ok(Vec::new());
+                Ok(Vec::new())
             }
-            storage => storage?,
-        };
-        let drives =
-            self.associated(doing, &settings.path, ASSOCIATION, RESOURCE).await.unwrap_or_default();
-        let mut disks = Vec::new();
-        for object in storage.iter().filter(|o| is_virtual_disk(o)) {
-            let Some((slot, path)) = slot_and_path(object) else { continue };
-            let (disk_id, size) = self.disk_facts(&path).await.unwrap_or_default();
-            let shared = object.bool("PersistentReservationsSupported") == Some(true);
-            let uncapturable = if shared {
-                Some("it is shared between VMs")
-            } else if path.to_ascii_lowercase().ends_with(".vhd") {
-                Some("it is a VHD, which has no change tracking; convert it with Convert-VHD")
-            } else {
-                None
-            };
-            disks.push(DiskSeen { disk_id, size, slot, path, uncapturable });
+            parts => parts,
         }
-        for object in drives.iter().filter(|o| o.str("ResourceSubType") == Some(PASS_THROUGH)) {
-            let Some((slot, path)) = slot_and_path(object) else { continue };
-            let uncapturable = Some("it is a pass-through disk");
-            disks.push(DiskSeen { disk_id: None, size: 0, slot, path, uncapturable });
-        }
-        disks.sort_by(|a, b| wql::order_of(&a.slot).cmp(&wql::order_of(&b.slot)));
-        Ok(disks)
-    }
-
-    /// VirtualDiskId and size, when the image service tells them.
-    async fn disk_facts(&self, path: &str) -> Option<(Option<DiskId>, u64)> {
-        let call = Call {
-            doing: format!("read the facts of {path}"),
-            service: "Msvm_ImageManagementService",
-            path: String::new(),
-            method: "GetVirtualHardDiskSettingData",
-            args: vec![("Path", path.into())],
-        };
-        let out = self.ask(&call).await.ok()?.out;
-        let facts = match out.get("SettingData") {
-            Value::Object(o) => (**o).clone(),
-            value => embedded::from_text(value.as_str()?).ok()?,
-        };
-        let id = facts.str("VirtualDiskId").and_then(|t| t.trim_matches(['{', '}']).parse().ok());
-        Some((id, facts.u64("MaxInternalSize").unwrap_or(0)))
-    }
-
-    pub(super) async fn vm_state(&self, vm: VmGuid) -> Result<VmState, HypervisorError> {
-        let system = self.system(vm).await?.ok_or(HypervisorError::NoSuchVm { vm })?;
-        let owners = self.cluster_owners().await?;
-        let seen = self.describe(&system, vm, &owners).await?;
-        let status = |n: usize| {
-            system.array("OperationalStatus").get(n).and_then(Value::as_u64).unwrap_or(0)
-        };
-        let guid = literal(&wql::guid(vm.0));
-        let vss = self
-            .query(
-                "look at a VM's integration services",
-                &format!("SELECT * FROM Msvm_VssComponent WHERE SystemName={guid}"),
-            )
-            .await?;
-        let guest_quiesce = vss.iter().any(|c| {
-            c.u64("EnabledState") == Some(2)
-                && matches!(
-                    c.array("OperationalStatus").first().and_then(Value::as_u64),
-                    Some(2 | 3)
-                )
-        });
-        let relations = self
-            .query("look at a VM's replication", "SELECT * FROM Msvm_ReplicationRelationship")
-            .await
-            .unwrap_or_default();
-        let replication = relations
-            .iter()
-            .find(|r| wql::settings_guid(r) == Some(vm.0))
-            .and_then(|r| Some((r.u64("ReplicationState")?, r.u64("ReplicationHealth")?)))
-            .filter(|(state, _)| *state != 0);
-        let folders = seen.disks.iter().filter(|d| d.uncapturable.is_none());
-        let folders: Vec<PathBuf> =
-            folders.filter_map(|d| Path::new(&d.path).parent().map(Path::to_owned)).collect();
-        let volumes = self.free_space(folders).await?;
-        Ok(VmState {
-            vm: seen,
-            health: status(0),
-            operation: status(1),
-            guest_quiesce,
-            replication,
-            volumes,
-        })
     }
 }
 
-fn slot_and_path(object: &Object) -> Option<(String, String)> {
-    let slot = wql::slot(object.str("InstanceID")?)?.to_owned();
-    let path = object.array("HostResource").first().and_then(Value::as_str).unwrap_or_default();
-    Some((slot, path.to_owned()))
+/// Objects by the GUID of the settings that their InstanceID begins with. Default settings of pools have none.
+fn by_settings(objects: Vec<Object>) -> HashMap<Uuid, Vec<Object>> {
+    let mut out: HashMap<Uuid, Vec<Object>> = HashMap::new();
+    for object in objects {
+        if let Some(id) = wql::settings_guid(&object) {
+            out.entry(id).or_default().push(object);
+        }
+    }
+    out
 }
 
 /// What the computer system itself tells.
-fn seen(system: &Object, vm: VmGuid, owners: &HashMap<VmGuid, String>) -> VmSeen {
+pub(super) fn seen(system: &Object, vm: VmGuid, owners: &HashMap<VmGuid, String>) -> VmSeen {
     let owner = owners.get(&vm).cloned();
     VmSeen {
         guid: vm,
         name: system.str("ElementName").unwrap_or_default().to_owned(),
-        power: match system.u64("EnabledState") {
-            Some(2) => Power::Running,
-            Some(3) => Power::Off,
-            Some(6 | 32769) => Power::Saved,
-            Some(9 | 32768) => Power::Paused,
-            _ => Power::Other,
-        },
-        replica: match system.u64("ReplicationMode") {
-            Some(2 | 4) => ReplicaRole::Replica,
-            Some(3) => ReplicaRole::TestReplica,
-            _ => ReplicaRole::None,
+        power: power(system.u64("EnabledState")),
+        replica: match system.u64("ReplicationMode").and_then(ReplicaSide::of) {
+            Some(ReplicaSide::Replica | ReplicaSide::Extended) => ReplicaRole::Replica,
+            Some(ReplicaSide::Test) => ReplicaRole::TestReplica,
+            Some(ReplicaSide::Primary) | None => ReplicaRole::None,
         },
         realized: true,
         clustered: owner.is_some(),
@@ -203,5 +123,61 @@ fn seen(system: &Object, vm: VmGuid, owners: &HashMap<VmGuid, String>) -> VmSeen
         generation: 2,
         version: String::new(),
         disks: Vec::new(),
+    }
+}
+
+/// EnabledState, in the numbers of v2 and those of v1 that v2 still shows in places. Above 32780 two lists contradict each
+/// other (facts, section 1.1): such a number says nothing.
+fn power(enabled_state: Option<u64>) -> Power {
+    match enabled_state {
+        Some(2) => Power::Running,
+        Some(3) => Power::Off,
+        Some(6 | 32769) => Power::Saved,
+        Some(9 | 32768) => Power::Paused,
+        _ => Power::Other,
+    }
+}
+
+/// What the active settings tell.
+pub(super) fn configured(seen: &mut VmSeen, settings: &Object) {
+    seen.version = settings.str("Version").unwrap_or_default().to_owned();
+    let first = settings.str("VirtualSystemSubType").is_some_and(|t| t.ends_with(":1"));
+    seen.generation = if first { 1 } else { 2 };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Facts 1.1: both sets of EnabledState, and nothing decided by a number above 32780.
+    #[test]
+    fn power_is_told_by_both_sets_of_numbers() {
+        let table = [
+            (2, Power::Running),
+            (3, Power::Off),
+            (6, Power::Saved),
+            (32769, Power::Saved),
+            (9, Power::Paused),
+            (32768, Power::Paused),
+            (4, Power::Other),
+            (10, Power::Other),
+            (32770, Power::Other),
+            (32781, Power::Other),
+            (32792, Power::Other),
+        ];
+        for (number, expected) in table {
+            assert_eq!(power(Some(number)), expected, "{number}");
+        }
+        assert_eq!(power(None), Power::Other);
+    }
+
+    #[test]
+    fn a_host_is_no_vm_whatever_its_caption_is_called() {
+        let host = Object::new(SYSTEM, "p").with("Name", "HV1").with("Caption", "Virtual Machine");
+        assert_eq!(wql::named_guid(&host), None);
+        let vm = "11111111-2222-3333-4444-555555555555";
+        let translated =
+            Object::new(SYSTEM, "p").with("Name", vm).with("Caption", "Virtueller Computer");
+        assert!(wql::named_guid(&translated).is_some());
     }
 }

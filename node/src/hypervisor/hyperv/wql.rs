@@ -45,6 +45,12 @@ pub(super) fn slot(instance_id: &str) -> Option<&str> {
     instance_id.strip_prefix("Microsoft:")?.split_once('\\').map(|(_, tail)| tail)
 }
 
+/// The InstanceID in an object path (`...Class.InstanceID="..."`), its doubled backslashes undone.
+pub(super) fn instance_id_of(path: &str) -> Option<String> {
+    let (_, rest) = path.split_once("InstanceID=\"")?;
+    Some(rest.strip_suffix('"')?.replace("\\\\", "\\"))
+}
+
 /// Order of disks: by controller and location, which is how an administrator counts them.
 pub(super) fn order_of(slot: &str) -> (u32, u32, &str) {
     let mut parts = slot.split('\\').skip(1).map(|p| p.parse().unwrap_or(u32::MAX));

@@ -14,6 +14,7 @@ use super::blocks::{self, Disk};
 use super::error::QemuError;
 use super::names;
 use super::qmp::{Qmp, QmpError, QmpEvent};
+use crate::hypervisor::facts::Format;
 use crate::hypervisor::{DiskSeen, Power, ReplicaRole, VmSeen};
 
 /// A QEMU process with an open monitor.
@@ -162,6 +163,7 @@ impl Machine {
             path: d.image.display().to_string(),
             uncapturable: d.uncapturable.or(too_old.then_some(super::TOO_OLD)),
             slot: d.slot,
+            format: Format::Image,
         });
         let seen = VmSeen {
             guid: self.vm,

@@ -13,6 +13,7 @@ use super::definition::{self, DefinedDisk, Definition, FORMAT, Wanted};
 use super::error::QemuError;
 use super::machine::Machine;
 use super::process;
+use crate::hypervisor::facts::Format;
 use crate::hypervisor::{DiskSeen, NewVm, Power, ReplicaRole, VmSeen};
 
 /// How long a QEMU may take to show up, and to end.
@@ -100,6 +101,7 @@ impl Qemu {
                         size: disk.size,
                         slot: disk.slot,
                         path: disk.path,
+                        format: Format::Image,
                         uncapturable: Some(
                             "the VM does not run: QEMU reads its disks only while it does",
                         ),

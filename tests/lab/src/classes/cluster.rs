@@ -20,9 +20,12 @@ pub(crate) fn nodes(state: &State) -> Vec<Object> {
         keyed("MSCluster_Node", name)
             .with("Id", id.to_string())
             .with("State", up_down_paused)
-            .with("StatusInformation", 0_u32)
-            .with("NodeDrainStatus", if host.paused { 2_u32 } else { 0 })
-            .with("BuildNumber", 20348_u32)
+            .with("StatusInformation", state.around.node_status(name))
+            .with(
+                "NodeDrainStatus",
+                state.around.drain_status(name).unwrap_or(if host.paused { 2 } else { 0 }),
+            )
+            .with("BuildNumber", state.around.build(name))
     };
     numbered.map(node).collect()
 }
@@ -42,7 +45,7 @@ pub(super) fn instances(state: &State, class: &str) -> Option<Vec<Object>> {
                 let path = csv.path.display().to_string();
                 keyed("MSCluster_ClusterSharedVolume", &path)
                     .with("VolumeName", csv.name.as_str())
-                    .with("FaultState", 0_u32)
+                    .with("FaultState", state.around.csvs.get(&csv.name).copied().unwrap_or(0))
                     .with("BackupState", 0_u32)
                     .with("VolumeOffset", 0_u64)
                     .with("FreeSpace", free)
@@ -108,7 +111,7 @@ fn keyed(class: &str, name: &str) -> Object {
 
 fn cluster(state: &State) -> Object {
     keyed("MSCluster_Cluster", &state.realm)
-        .with("ClusterFunctionalLevel", 11_u32)
+        .with("ClusterFunctionalLevel", state.around.functional_level)
         .with("ClusterUpgradeVersion", 8_u32)
         .with("BackupInProgress", 0_u32)
 }
@@ -135,7 +138,7 @@ fn group(state: &State, vm: &Vm) -> Object {
         .with("GroupType", 111_u32)
         .with("State", u32::from(vm.power == Power::Off || vm.power == Power::Saved))
         .with("OwnerNode", vm.owner.as_deref().unwrap_or_default())
-        .with("StatusInformation", if queued { 4_u64 } else { 0 })
+        .with("StatusInformation", vm.shape.group_status | if queued { 4 } else { 0 })
         .with("Priority", 2000_u32)
         .with("PersistentState", vm.power == Power::Running)
 }
@@ -154,12 +157,12 @@ fn resources(state: &State, vm: &Vm) -> [Object; 2] {
             .with("State", state_number)
             .with("OwnerGroup", group.as_str())
             .with("OwnerNode", vm.owner.as_deref().unwrap_or_default())
-            .with("StatusInformation", u64::from(locked))
+            .with("StatusInformation", vm.shape.resource_status | u64::from(locked))
             .with("PrivateProperties", Value::Object(Box::new(private)))
     };
     let private = || Object::new("MSCluster_Property", "").with("VmID", guid(vm.id).to_lowercase());
     [
-        resource("Virtual Machine", 2, private().with("OfflineAction", 1_u32)),
+        resource("Virtual Machine", 2, private().with("OfflineAction", vm.shape.offline_action)),
         resource(
             "Virtual Machine Configuration",
             3,

@@ -5,14 +5,15 @@ use std::path::MAIN_SEPARATOR;
 use outrider_wmi::{Object, Value};
 use uuid::Uuid;
 
+use super::facts::{self, COMPONENTS, integration, summary};
 use crate::import::{CHECKPOINT_FOLDER, VM_FOLDER};
 use crate::jobs::{COMPLETED, Job, RUNNING, WARNINGS};
 use crate::model::{Checkpoint, Disk, Power, ReferencePoint, State, Vm, guid};
 use crate::wql::path_of;
 
 const VSSD: &str = "Msvm_VirtualSystemSettingData";
-const SASD: &str = "Msvm_StorageAllocationSettingData";
-const RASD: &str = "Msvm_ResourceAllocationSettingData";
+pub(super) const SASD: &str = "Msvm_StorageAllocationSettingData";
+pub(super) const RASD: &str = "Msvm_ResourceAllocationSettingData";
 const REFERENCE_POINT: &str = "Msvm_VirtualSystemReferencePoint";
 
 /// The services: class and name of each.
@@ -22,15 +23,6 @@ const SERVICES: [(&str, &str); 5] = [
     ("Msvm_VirtualSystemReferencePointService", "vsrpsvc"),
     ("Msvm_ImageManagementService", "imagesvc"),
     ("Msvm_VirtualSystemMigrationService", "vsmigrationsvc"),
-];
-
-/// Integration components of a VM.
-const COMPONENTS: [&str; 5] = [
-    "Msvm_VssComponent",
-    "Msvm_HeartbeatComponent",
-    "Msvm_ShutdownComponent",
-    "Msvm_KvpExchangeComponent",
-    "Msvm_TimeSyncComponent",
 ];
 
 pub(super) fn instances(state: &State, host: &str, class: &str) -> Option<Vec<Object>> {
@@ -73,7 +65,7 @@ pub(super) fn instances(state: &State, host: &str, class: &str) -> Option<Vec<Ob
     } else if is("Msvm_SummaryInformation") {
         here().map(summary).collect()
     } else if is("Msvm_ReplicationRelationship") {
-        Vec::new()
+        here().flat_map(facts::relationships).collect()
     } else {
         return None;
     })
@@ -168,14 +160,14 @@ pub(crate) fn computer_system(vm: &Vm) -> Object {
         .with("ElementName", vm.name.as_str())
         .with("Caption", "Virtual Machine")
         .with("Description", "Microsoft Virtual Computer System")
-        .with("EnabledState", vm.power.enabled_state())
+        .with("EnabledState", facts::enabled_state(vm))
         .with("RequestedState", 12_u16)
         .with("HealthState", 5_u16)
         .with("OperationalStatus", vm.operational_status().to_vec())
         .with("ProcessID", if vm.power.holds_disks() { 4000_u32 } else { 0 })
-        .with("ReplicationState", 0_u16)
-        .with("ReplicationMode", 0_u16)
-        .with("ReplicationHealth", 0_u16)
+        .with("ReplicationState", vm.shape.replication.first().map_or(0, |r| r.state))
+        .with("ReplicationMode", vm.shape.replication.first().map_or(0, |r| r.mode))
+        .with("ReplicationHealth", vm.shape.replication.first().map_or(0, |r| r.health))
         .with("InstallDate", datetime(vm.created))
 }
 
@@ -215,7 +207,7 @@ fn settings(vm: &Vm, id: Uuid, kind: &str, folder: &str) -> Object {
         .with("SuspendDataRoot", root.as_str())
         .with("SwapFileDataRoot", root.as_str())
         .with("Version", vm.version.as_str())
-        .with("UserSnapshotType", 3_u16)
+        .with("UserSnapshotType", vm.shape.user_snapshot_type)
         .with("IncrementalBackupEnabled", false)
         .with("IsSaved", vm.power == Power::Saved)
         .with("Architecture", "x64")
@@ -255,7 +247,16 @@ fn disk_settings(config: Uuid, disk: &Disk, path: Option<&std::path::Path>) -> V
     let slot = Object::new(RASD, drive_path.clone())
         .with("InstanceID", drive)
         .with("ResourceType", 17_u16)
-        .with("AddressOnParent", disk.location.to_string());
+        .with("AddressOnParent", disk.location.to_string())
+        .with("Parent", facts::controller_of(config, disk));
+    if let Some((kind, device)) = facts::device(config, disk, &drive_path) {
+        // An adapter has no drive.
+        return if kind.is_empty() {
+            vec![device]
+        } else {
+            vec![slot.with("ResourceSubType", kind), device]
+        };
+    }
     let Some(path) = path else {
         return vec![
             slot.with("ResourceSubType", "Microsoft:Hyper-V:Physical Disk Drive").with(
@@ -279,9 +280,10 @@ fn disk_settings(config: Uuid, disk: &Disk, path: Option<&std::path::Path>) -> V
 
 /// Drives and disks of the active settings and of every checkpoint.
 fn all_disks(vm: &Vm) -> Vec<Object> {
-    let mut out: Vec<Object> =
-        vm.disks.iter().flat_map(|d| disk_settings(vm.id, d, d.leaf())).collect();
+    let mut out = facts::controllers(vm, vm.id);
+    out.extend(vm.disks.iter().flat_map(|d| disk_settings(vm.id, d, d.leaf())));
     for checkpoint in &vm.checkpoints {
+        out.extend(facts::controllers(vm, checkpoint.id));
         for frozen in &checkpoint.disks {
             if let Some(disk) = vm.disk(frozen.disk) {
                 out.extend(disk_settings(checkpoint.id, disk, Some(&frozen.path)));
@@ -344,33 +346,6 @@ fn service(class: &str, name: &str, host: &str) -> Object {
         ("SystemName", host),
     ];
     keys.iter().fold(Object::new(class, path_of(class, &keys)), |o, (k, v)| o.with(k, *v))
-}
-
-fn integration(vm: &Vm, class: &str) -> Object {
-    let keys = [
-        ("CreationClassName", class),
-        ("SystemCreationClassName", "Msvm_ComputerSystem"),
-        ("SystemName", &vm.guid()),
-    ];
-    let answers = vm.power == Power::Running && (vm.vss || class != "Msvm_VssComponent");
-    keys.iter()
-        .fold(Object::new(class, path_of(class, &keys)), |o, (k, v)| o.with(k, *v))
-        .with("EnabledState", 2_u16)
-        .with("OperationalStatus", if answers { vec![2_u16, 2] } else { vec![12_u16, 2] })
-}
-
-fn summary(vm: &Vm) -> Object {
-    let id = vm.guid();
-    Object::new("Msvm_SummaryInformation", path_of("Msvm_SummaryInformation", &[("Name", &id)]))
-        .with("Name", id)
-        .with("ElementName", vm.name.as_str())
-        .with("Version", vm.version.as_str())
-        .with("EnabledState", vm.power.enabled_state())
-        .with("HealthState", 5_u16)
-        .with("OperationalStatus", vm.operational_status().to_vec())
-        .with("ReplicationMode", 0_u16)
-        .with("ReplicationState", 0_u16)
-        .with("IntegrationServicesVersionState", 1_u16)
 }
 
 /// CIM datetime, in UTC.

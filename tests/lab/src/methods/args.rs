@@ -48,6 +48,16 @@ impl Args {
         texts.map(|t| embedded::from_text(t).map_err(|e| invalid(name, &e.to_string()))).collect()
     }
 
+    /// The texts and references of an array.
+    pub(crate) fn text_list(&self, name: &str) -> Vec<String> {
+        self.0.array(name).iter().filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+
+    /// The numbers of an array.
+    pub(crate) fn number_list(&self, name: &str) -> Vec<u64> {
+        self.0.array(name).iter().filter_map(Value::as_u64).collect()
+    }
+
     pub(crate) fn texts(&self) -> impl Iterator<Item = &str> {
         self.0.iter().filter_map(|(_, v)| v.as_str())
     }

@@ -13,7 +13,7 @@ use crate::control::MigrationKind;
 use crate::error::LabError;
 use crate::host;
 use crate::migrate;
-use crate::model::{CREATED, DELETED, Power, State};
+use crate::model::{CREATED, DELETED, Power, State, Vm};
 
 /// ERROR_INVALID_PARAMETER, ERROR_GROUP_NOT_FOUND, ERROR_OBJECT_ALREADY_EXISTS.
 const BAD_PARAMETER: u32 = 87;
@@ -36,9 +36,35 @@ pub(super) async fn call(
             power(cluster, call, group, Power::Running).await
         }
         ("MSCluster_ResourceGroup", "TakeOffline") => power(cluster, call, group, Power::Off).await,
+        ("MSCluster_Resource", "BringOnline") => {
+            power(cluster, call, vm_of_resource(cluster, target), Power::Running).await
+        }
+        ("MSCluster_Resource", "TakeOffline") => {
+            let vm = vm_of_resource(cluster, target);
+            let wanted = cluster.read(|s| vm.and_then(|id| s.vms.get(&id)).map(offline));
+            power(cluster, call, vm, wanted.unwrap_or(Power::Off)).await
+        }
         ("MSCluster_Resource", "UpdateVirtualMachine") => Ok(Outcome::code(0)),
         _ => return None,
     })
+}
+
+/// The VM that a resource of type "Virtual Machine" is.
+fn vm_of_resource(cluster: &Cluster, target: &Object) -> Option<Uuid> {
+    if target.str("Type") != Some("Virtual Machine") {
+        return None;
+    }
+    let id = target.object("PrivateProperties")?.str("VmID")?.parse().ok()?;
+    cluster.read(|s| s.vms.contains_key(&id)).then_some(id)
+}
+
+/// What taking its resource offline makes of a VM.
+fn offline(vm: &Vm) -> Power {
+    match vm.shape.offline_action {
+        1 if vm.power.holds_disks() => Power::Saved,
+        1 => vm.power,
+        _ => Power::Off,
+    }
 }
 
 fn vm_of_group(s: &State, target: &Object) -> Option<Uuid> {

@@ -31,7 +31,15 @@ pub(super) fn call(cluster: &Arc<Cluster>, call: &Call) -> Option<Result<Outcome
 /// Why the guest cannot take part in an application-consistent checkpoint.
 fn guest_refuses(vm: &Vm) -> Option<JobError> {
     let why = match vm.power {
-        Power::Running if vm.vss => return None,
+        Power::Running
+            if vm.vss
+                && vm
+                    .shape
+                    .backup_service
+                    .is_none_or(|(on, [s, _])| on == 2 && matches!(s, 2 | 3)) =>
+        {
+            return None;
+        }
         Power::Running => "the guest's backup integration component does not answer",
         Power::Paused => "the virtual machine is paused",
         // Nobody writes: consistent as it is.
@@ -58,6 +66,9 @@ fn create(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
         let vm = s.vm_by_ref(&call.host, call.args.str("AffectedSystem"))?;
         if let Some((code, _)) = s.obstacle(vm) {
             return Ok(Err(code));
+        }
+        if vm.shape.applying_log {
+            return Ok(Err(WRONG_STATE));
         }
         if recovery && vm.recovery_checkpoint().is_some() {
             return Ok(Err(WRONG_STATE));

@@ -27,6 +27,7 @@ pub(super) fn call(cluster: &Arc<Cluster>, call: &Call) -> Option<Result<Outcome
         "ModifySystemSettings" => modify_settings(cluster, call),
         "ModifyResourceSettings" => modify_resources(cluster, call),
         "RequestStateChange" => request_state(cluster, call),
+        "GetSummaryInformation" => Ok(summaries(cluster, call)),
         _ => return None,
     })
 }
@@ -64,7 +65,22 @@ fn define(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
 }
 
 fn new_disk(id: Uuid, location: u32, path: PathBuf) -> Disk {
-    Disk { id, location, chain: vec![path], size: 0, disk_id: Uuid::nil() }
+    Disk { id, location, chain: vec![path], device: None, size: 0, disk_id: Uuid::nil() }
+}
+
+/// Summaries of the VMs that the settings name, all of this host's without any.
+fn summaries(cluster: &Cluster, call: &Call) -> Outcome {
+    let wanted = call.args.text_list("SettingData");
+    let requested = call.args.number_list("RequestedInformation");
+    let found: Vec<Value> = cluster.read(|s| {
+        s.vms
+            .values()
+            .filter(|vm| vm.host == call.host)
+            .filter(|vm| wanted.is_empty() || wanted.iter().any(|path| path.contains(&vm.guid())))
+            .map(|vm| Value::Object(Box::new(classes::summary_of(vm, &requested))))
+            .collect()
+    });
+    Outcome::code(0).with("SummaryInformation", Value::Array(found))
 }
 
 fn host_resource(settings: &Object) -> Option<PathBuf> {

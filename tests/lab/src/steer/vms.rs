@@ -100,9 +100,11 @@ fn make_disk(
     let folder = vm.folder.join("Virtual Hard Disks");
     std::fs::create_dir_all(&folder).map_err(LabError::io("make the folder", &folder))?;
     let id = cluster.change(State::new_guid);
-    let path = disks::provide(source, &folder, &format!("disk{place}-{}", &guid(id)[..8]))?;
+    let stem = format!("disk{place}-{}", &guid(id)[..8]);
+    let path = disks::provide(source, &folder, &stem)?;
     let location = u32::try_from(place).unwrap_or(u32::MAX);
-    let mut disk = Disk { id, location, chain: Vec::new(), size: 0, disk_id: Uuid::nil() };
+    let device = disks::device(source, &folder, &stem);
+    let mut disk = Disk { id, location, chain: Vec::new(), device, size: 0, disk_id: Uuid::nil() };
     if let Some(path) = path {
         let info = disks::info(&path)?;
         disk.size = info.size;

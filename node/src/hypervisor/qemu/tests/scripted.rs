@@ -257,7 +257,7 @@ async fn a_guest_without_an_agent_leads_to_another_way_of_taking_the_checkpoint(
     let world = World::new();
     let peer = Peer::new((7, 2));
     let agent = world.with(&peer, None).await;
-    assert!(!agent.vm(peer.guid).await.expect("known").guest_quiesce);
+    assert!(!agent.vm(peer.guid).await.expect("known").facts.guest.backup.answers());
     let refused =
         agent.create_checkpoint(&lease(), peer.guid, NAME, QUIET).await.expect_err("refused");
     assert!(refused.is_guest_failure(), "{refused}");
