@@ -1,5 +1,7 @@
 //! `outrider bench`: how fast this machine is, stage by stage.
 
+mod disk;
+mod memory;
 mod network;
 mod pipeline;
 mod sample;
@@ -14,9 +16,13 @@ use crate::cli::Done;
 pub(crate) enum Command {
     /// The backup pipeline: each stage alone, then the whole
     Pipeline(pipeline::Args),
+    /// Virtual disks: reading through one, mapping the largest, reckoning with ranges
+    Disk(disk::Args),
 }
 
 pub(crate) async fn run(command: Command, json: bool) -> Done {
-    let Command::Pipeline(args) = command;
-    Box::pin(pipeline::run(args, json)).await
+    match command {
+        Command::Pipeline(args) => Box::pin(pipeline::run(args, json)).await,
+        Command::Disk(args) => disk::run(&args, json),
+    }
 }

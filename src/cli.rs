@@ -110,7 +110,7 @@ impl Cli {
             Command::Restore(args) => restore::run(args, json).await,
             Command::Export(args) => export::run(args, json).await,
             Command::Fabric(command) => fabric::run(command, json).await,
-            Command::Disk(command) => disk::run(command, json),
+            Command::Disk(command) => disk::run(command, json).await,
             Command::Coordinator(args) => crate::roles::coordinator(args).await,
             Command::Storage(StorageArgs { command: Some(command), .. }) => {
                 offline::storage(command, json)

@@ -162,8 +162,8 @@ impl<E: Error + 'static> From<E> for Failure {
         // The deepest of our own errors that carries a code decides.
         let mut at = Some(error);
         while let Some(e) = at {
-            if let Some(disk) = e.downcast_ref::<DiskError>() {
-                failure = failure.with_code(code_of_disk(disk).code);
+            if let Some(code) = e.downcast_ref::<DiskError>().and_then(code_of_disk) {
+                failure = failure.with_code(code.code);
             } else if let Some(inner) = e.downcast_ref::<Status>().and_then(status::detail) {
                 failure = failure.with_code(&inner.code);
             }
@@ -173,12 +173,24 @@ impl<E: Error + 'static> From<E> for Failure {
     }
 }
 
-fn code_of_disk(error: &DiskError) -> ErrorCode {
+/// The code of a disk's fault; `None` where the sentence alone says what to do.
+fn code_of_disk(error: &DiskError) -> Option<ErrorCode> {
     match error {
         DiskError::ParentMissing { .. } | DiskError::ParentMismatch { .. } => {
-            error_code::PARENT_MISSING
+            Some(error_code::PARENT_MISSING)
         }
-        _ => error_code::DISK_BROKEN,
+        DiskError::NotAVirtualDisk { .. }
+        | DiskError::Truncated { .. }
+        | DiskError::Corrupt { .. }
+        | DiskError::ChainCycle { .. }
+        | DiskError::ChainTooDeep { .. } => Some(error_code::DISK_BROKEN),
+        DiskError::Unsupported { .. } => Some(error_code::DISK_UNSUPPORTED),
+        DiskError::OutOfBounds { .. }
+        | DiskError::InvalidOption { .. }
+        | DiskError::SizesDiffer { .. }
+        | DiskError::WriterFailed { .. }
+        | DiskError::Stopped { .. }
+        | DiskError::Io { .. } => None,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::block_file::{BlockFile, ByteSource};
 use crate::disk::check_bounds;
-use crate::layer::{Layer, ReadLayer, read_through, visible};
+use crate::layer::{Layer, Presence, ReadLayer, read_through, visible};
 use crate::{DiskError, DiskFormat, DiskInfo, RangeSet, ReadDisk};
 
 /// Opens the bytes of a file of a chain. [`io::ErrorKind::NotFound`] makes the chain look for a parent
@@ -110,6 +110,52 @@ impl DiskChain {
     pub fn is_dirty(&self) -> bool {
         self.layers().any(ReadLayer::is_dirty)
     }
+}
+
+/// A guest-visible range that is stored, and where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin {
+    /// First byte, as the guest counts.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+    /// Which layer stores it: 0 is the leaf.
+    pub layer: usize,
+    /// Offset of the first byte in that layer's file.
+    pub file_offset: u64,
+}
+
+impl DiskChain {
+    /// Calls `found` for each range that is stored in any layer and not hidden by one above, in ascending
+    /// order; everything else is zeros. Nothing is collected, so this takes any disk.
+    ///
+    /// # Errors
+    /// What reading the tables met, or what `found` returned.
+    pub fn origins(
+        &self,
+        found: &mut dyn FnMut(Origin) -> Result<(), DiskError>,
+    ) -> Result<(), DiskError> {
+        let layers: Vec<&Layer> = self.layers().collect();
+        origins(&layers, 0, (0, self.info.size), found)
+    }
+}
+
+fn origins(
+    layers: &[&Layer],
+    layer: usize,
+    (offset, len): (u64, u64),
+    found: &mut dyn FnMut(Origin) -> Result<(), DiskError>,
+) -> Result<(), DiskError> {
+    let Some(of) = layers.get(layer) else { return Ok(()) };
+    // A parent may be smaller than its child.
+    let len = len.min(of.info().size.saturating_sub(offset));
+    of.runs(offset.min(of.info().size), len, &mut |run| match run.presence {
+        Presence::Here { file_offset } => {
+            found(Origin { offset: run.offset, len: run.len, layer, file_offset })
+        }
+        Presence::Parent => origins(layers, layer + 1, (run.offset, run.len), found),
+        Presence::Zero => Ok(()),
+    })
 }
 
 impl ReadDisk for DiskChain {

@@ -144,6 +144,12 @@ pub enum DiskError {
         /// The file.
         path: PathBuf,
     },
+    /// The caller asked to stop.
+    #[error("{} was not finished: it was asked to stop; nothing is left of it", path.display())]
+    Stopped {
+        /// The file that was being written.
+        path: PathBuf,
+    },
     /// The operating system refused.
     #[error("could not {op} {}: {source}", path.display())]
     Io {

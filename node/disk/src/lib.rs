@@ -55,7 +55,7 @@ pub mod vhd;
 pub mod vhdx;
 mod writer;
 
-pub use chain::DiskChain;
+pub use chain::{DiskChain, Origin};
 pub use detect::open_disk;
 pub use disk::{DiskFormat, DiskInfo, DiskKind, ReadDisk};
 pub use error::DiskError;

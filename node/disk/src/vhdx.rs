@@ -29,6 +29,8 @@ pub use region::{Region, RegionTable};
 pub use reparent::set_parent;
 pub use writer::VhdxWriter;
 
+pub(crate) use bytes::checksum;
+pub(crate) use log::replay_bytes;
 pub(crate) use reparent::{announce_parent_change, check_linkage};
 
 /// The first eight bytes of every VHDX file.

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use outrider_disk::inspect::inspect_bytes;
+use outrider_disk::inspect::inspect_file;
 use outrider_disk::vhdx::{CrashPoint, CreateOptions, Header, VhdxLayer, VhdxWriter};
-use outrider_disk::{DiskError, DiskFormat, ReadDisk, ReadLayer, open_disk};
+use outrider_disk::{DiskError, DiskFormat, LayerMap, ReadDisk, ReadLayer, open_disk};
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
@@ -27,6 +27,10 @@ fn samples() -> Vec<Vec<u8>> {
     disk.write_at(512, &[6; 512]).expect("within the disk");
     disk.close().expect("a sound disk");
     [clean, dirty, child].map(|path| std::fs::read(path).expect("just written")).into()
+}
+
+fn inspect_bytes(bytes: Vec<u8>) -> Result<LayerMap, DiskError> {
+    inspect_file(std::sync::Arc::new(bytes), DiskFormat::Vhdx)
 }
 
 /// Parts of the file whose bytes mean something.
@@ -81,7 +85,7 @@ proptest! {
             }
             bytes.truncate(cut.unwrap_or(bytes.len()));
             // Either answer is right; a panic or an endless loop is not.
-            inspect_bytes(bytes, DiskFormat::Vhdx).ok();
+            inspect_bytes(bytes).ok();
         }
     }
 }
@@ -131,7 +135,7 @@ fn blocks_over_tables_or_each_other_are_corrupt() {
 fn inspect(change: impl FnOnce(&mut Vec<u8>)) -> DiskError {
     let mut bytes = samples().swap_remove(0);
     change(&mut bytes);
-    inspect_bytes(bytes, DiskFormat::Vhdx).expect_err("the damage is real")
+    inspect_bytes(bytes).expect_err("the damage is real")
 }
 
 #[test]
@@ -139,7 +143,7 @@ fn one_bad_header_or_region_table_is_survived() {
     for at in [64 << 10, 128 << 10, 192 << 10, 256 << 10] {
         let mut bytes = samples().swap_remove(0);
         bytes[at + 20] ^= 1;
-        let map = inspect_bytes(bytes, DiskFormat::Vhdx).expect("the other copy is good");
+        let map = inspect_bytes(bytes).expect("the other copy is good");
         assert_eq!(map.present.total_len(), MIB);
     }
 }
@@ -161,10 +165,10 @@ fn headers_that_contradict_each_other_are_corrupt_and_identical_ones_are_not() {
     let mut bytes = samples().swap_remove(0);
     let first: Vec<u8> = bytes[64 << 10..(64 << 10) + 4096].to_vec();
     bytes[128 << 10..(128 << 10) + 4096].copy_from_slice(&first);
-    inspect_bytes(bytes.clone(), DiskFormat::Vhdx).expect("Disk2VHD writes such files");
+    inspect_bytes(bytes.clone()).expect("Disk2VHD writes such files");
     bytes[(128 << 10) + 20] ^= 1;
     reseal(&mut bytes);
-    let error = inspect_bytes(bytes, DiskFormat::Vhdx).expect_err("same number, other content");
+    let error = inspect_bytes(bytes).expect_err("same number, other content");
     assert!(matches!(error, DiskError::Corrupt { structure: "header", .. }), "{error}");
 }
 
@@ -206,7 +210,7 @@ fn a_block_in_the_header_area_is_corrupt() {
 fn a_log_in_use_without_a_valid_entry_is_corrupt() {
     let mut bytes = samples().swap_remove(1);
     bytes[1 << 20..2 << 20].fill(0);
-    let error = inspect_bytes(bytes, DiskFormat::Vhdx).expect_err("nothing can be replayed");
+    let error = inspect_bytes(bytes).expect_err("nothing can be replayed");
     assert!(matches!(error, DiskError::Corrupt { structure: "log", .. }), "{error}");
 }
 
@@ -216,7 +220,7 @@ fn every_block_state_reads_as_the_format_says() {
     for state in [0_u64, 1, 2, 3, 5] {
         let mut bytes = samples().swap_remove(0);
         bytes[3 << 20..(3 << 20) + 8].copy_from_slice(&state.to_le_bytes());
-        let map = inspect_bytes(bytes, DiskFormat::Vhdx).expect("an allowed state");
+        let map = inspect_bytes(bytes).expect("an allowed state");
         assert!(map.present.is_empty(), "state {state}");
         assert_eq!(map.zeroed.is_empty(), state == 0, "state {state}");
     }

@@ -98,6 +98,13 @@ pub(crate) fn replay(log: &[u8], guid: Uuid) -> Result<Replay, FormatError> {
     Ok(replay)
 }
 
+/// Replays a log of which nothing but its bytes is known; gives the number of places that it changes.
+pub(crate) fn replay_bytes(log: &[u8]) -> Result<usize, FormatError> {
+    let whole = &log[..log.len() / LOG_SECTOR * LOG_SECTOR];
+    let guid = Fields::new(whole, NAME, LOG_SECTOR)?.guid(32);
+    Ok(replay(whole, guid)?.updates.len())
+}
+
 /// The entry that starts at sector `at`, if there is a valid one.
 fn parse_entry(log: &[u8], at: usize, guid: Uuid, budget: &mut usize) -> Option<Entry> {
     let start = at * LOG_SECTOR;
