@@ -19,6 +19,7 @@ use outrider_process::clock::{Clock, SystemClock};
 use outrider_process::identity::{Identity, Role};
 use outrider_process::leader::LeaderClient;
 use outrider_process::metrics::Metrics;
+use outrider_process::network::Network;
 use outrider_process::observability::{self, Readiness};
 use outrider_process::renewal::keep_fresh;
 use outrider_process::tasks::TaskGroup;
@@ -107,9 +108,13 @@ pub async fn run(
     let (layout, layout_seen) = watch::channel(Layout::default());
     let store_limits =
         StoreLimits { in_flight: config.limits.in_flight.as_usize(), ..StoreLimits::default() };
-    let storage = StoreClient::new(&identity, fabric, layout_seen, ClientRole::Agent, store_limits)
+    let network = Network::new(config.network.clone());
+    let (role, through) = (ClientRole::Agent, network.clone());
+    let storage = StoreClient::through(&identity, fabric, layout_seen, role, store_limits, through)
         .map_err(|e| NodeError::Storage(e.to_string()))?;
-    let leader = Arc::new(LeaderClient::new(config.coordinators.clone(), Arc::clone(&identity)));
+    let leader = Arc::new(
+        LeaderClient::new(config.coordinators.clone(), Arc::clone(&identity)).over(network.clone()),
+    );
     tasks.spawn("renewal", keep_fresh(identity, Arc::clone(&leader), tasks.token()));
     let agent = Arc::new(Agent {
         fabric,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use outrider_process::network::NetworkConfig;
 use outrider_process::telemetry::{LogConfig, TraceConfig};
 
 pub use qemu::QemuConfig;
@@ -46,6 +47,9 @@ pub struct Config {
     /// Metrics and health over plain HTTP; absent: none.
     #[serde(default)]
     pub observability: Option<SocketAddr>,
+    /// Which of this host's networks are used.
+    #[serde(default)]
+    pub network: NetworkConfig,
     /// Where the agent says how it is, for `outrider node status`; absent: nowhere.
     #[serde(default)]
     pub status_file: Option<PathBuf>,

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use tonic::{Code, Status};
 
 use crate::backoff::Backoff;
 use crate::identity::{Identity, Role};
+use crate::network::Network;
 
 /// A member that does not answer a connection attempt within this is asked again later; the next one is asked now.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -30,6 +32,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 pub struct LeaderClient {
     members: Vec<String>,
     identity: Arc<Identity>,
+    network: Network,
     state: Mutex<State>,
 }
 
@@ -44,7 +47,14 @@ impl LeaderClient {
     /// `members` are "ip:port" addresses of the coordinators' API; at least one.
     #[must_use]
     pub fn new(members: Vec<String>, identity: Arc<Identity>) -> Self {
-        Self { members, identity, state: Mutex::default() }
+        Self { members, identity, network: Network::default(), state: Mutex::default() }
+    }
+
+    /// Connects over these networks only.
+    #[must_use]
+    pub fn over(mut self, network: Network) -> Self {
+        self.network = network;
+        self
     }
 
     /// The member to ask now: the believed leader, else the members in turn.
@@ -81,9 +91,35 @@ impl LeaderClient {
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE)
             .keep_alive_while_idle(true)
+            .local_address(self.source_for(&address).await?)
             .connect_lazy();
         self.lock().channels.insert(address, channel.clone());
         Ok(channel)
+    }
+
+    /// Which of our addresses to connect from.
+    async fn source_for(&self, address: &str) -> Result<Option<IpAddr>, Status> {
+        if self.network.is_any() {
+            return Ok(None);
+        }
+        let resolved = tokio::net::lookup_host(address).await.map(Iterator::collect::<Vec<_>>);
+        // A name that does not resolve now is told by the connection itself.
+        let remotes = self.network.order(resolved.unwrap_or_default());
+        let mut refusal = None;
+        for remote in remotes {
+            match self.network.source_for(remote.ip()) {
+                Ok(source) => return Ok(source),
+                Err(error) => refusal = Some(error),
+            }
+        }
+        let why = refusal.map_or_else(
+            || {
+                "all its addresses lie in networks that `[network] avoid` forbids, or it has none"
+                    .to_owned()
+            },
+            |error| error.to_string(),
+        );
+        Err(Status::unavailable(format!("coordinator {address} is not connected to: {why}")))
     }
 
     /// Learns from a failed call who leads, or that the member asked is no use. Returns whether trying again makes

@@ -11,6 +11,7 @@
 //! | [`metrics`], [`observability`] | Prometheus exposition, health and readiness |
 //! | [`config`] | TOML that refuses what it does not know, and says where |
 //! | [`fs`] | files that are either the old or the new ones after a crash; directory locks |
+//! | [`network`] | connections leave from the networks that the operator wants, and from no other |
 //! | [`ports`] | listening sockets whose refusal is a sentence; the ready file |
 //! | [`clock`], [`backoff`] | time and retry as arguments, so that tests own them |
 //!
@@ -25,6 +26,7 @@ pub mod identity;
 pub mod join;
 pub mod leader;
 pub mod metrics;
+pub mod network;
 pub mod observability;
 pub mod ports;
 pub mod renewal;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use outrider_process::identity::Identity;
+use outrider_process::network::Network;
 use outrider_process::tasks::TaskGroup;
 use outrider_proto::ids::{FabricId, JobId, LeaseEpoch};
 use outrider_proto::layout::Layout;
@@ -46,7 +47,22 @@ impl StoreClient {
         role: ClientRole,
         limits: Limits,
     ) -> Result<Self, TransportError> {
-        let transport = QuicTransport::new(identity, fabric, role, &limits)?;
+        Self::through(identity, fabric, layout, role, limits, Network::default())
+    }
+
+    /// A client over QUIC that connects over these networks only.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn through(
+        identity: &Identity,
+        fabric: FabricId,
+        layout: watch::Receiver<Layout>,
+        role: ClientRole,
+        limits: Limits,
+        network: Network,
+    ) -> Result<Self, TransportError> {
+        let transport = QuicTransport::new(identity, fabric, role, &limits)?.over(network);
         Ok(Self::over(Arc::new(transport), layout, limits))
     }
 

@@ -4,11 +4,13 @@ mod session;
 mod socket;
 pub mod tuning;
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use outrider_process::identity::{Identity, Role, peer_of_connection};
+use outrider_process::network::Network;
 use outrider_proto::frame::{ALPN, Frame, PROTOCOL_VERSION, close};
 use outrider_proto::ids::FabricId;
 use outrider_proto::layout::StorageNode;
@@ -23,10 +25,14 @@ use self::session::QuicSession;
 
 pub use self::socket::endpoint;
 
-/// Connects to storage nodes over QUIC. One UDP socket for all of them.
+/// Connects to storage nodes over QUIC. One UDP socket for all of them, or one for each address of ours that the operator
+/// wants connections to leave from.
 #[derive(Debug)]
 pub struct QuicTransport {
     endpoint: Endpoint,
+    config: quinn::ClientConfig,
+    network: Network,
+    bound: Mutex<HashMap<IpAddr, Endpoint>>,
     fabric: FabricId,
     role: ClientRole,
     limits: Limits,
@@ -52,8 +58,32 @@ impl QuicTransport {
             .quinn_client(&[ALPN], Arc::new(tuning::client(limits)))
             .map_err(|e| unusable(e.to_string()))?;
         let mut endpoint = endpoint(None, None).map_err(|e| unusable(e.to_string()))?;
-        endpoint.set_default_client_config(config);
-        Ok(Self { endpoint, fabric, role, limits: limits.clone() })
+        endpoint.set_default_client_config(config.clone());
+        let (network, bound) = (Network::default(), Mutex::default());
+        Ok(Self { endpoint, config, network, bound, fabric, role, limits: limits.clone() })
+    }
+
+    /// Connects over these networks only.
+    #[must_use]
+    pub fn over(mut self, network: Network) -> Self {
+        self.network = network;
+        self
+    }
+
+    /// The endpoint that connections to `remote` leave from.
+    fn endpoint_to(&self, remote: IpAddr) -> Result<Endpoint, String> {
+        let Some(source) = self.network.source_for(remote).map_err(|e| e.to_string())? else {
+            return Ok(self.endpoint.clone());
+        };
+        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(endpoint) = bound.get(&source) {
+            return Ok(endpoint.clone());
+        }
+        let made = UdpSocket::bind((source, 0)).and_then(|socket| endpoint(Some(socket), None));
+        let mut made = made.map_err(|e| format!("no socket on {source}: {e}"))?;
+        made.set_default_client_config(self.config.clone());
+        bound.insert(source, made.clone());
+        Ok(made)
     }
 
     async fn connect(
@@ -70,9 +100,18 @@ impl QuicTransport {
             .await
             .map_err(|e| unreachable(format!("the address does not resolve: {e}")))?
             .collect();
-        let mut last = unreachable("the name has no address".to_owned());
-        for remote in resolved {
-            let connecting = match self.endpoint.connect(remote, &Role::Storage.server_name()) {
+        let mut last = unreachable(
+            "the name has no address, or none in a network that may be used".to_owned(),
+        );
+        for remote in self.network.order(resolved) {
+            let endpoint = match self.endpoint_to(remote.ip()) {
+                Ok(endpoint) => endpoint,
+                Err(why) => {
+                    last = unreachable(why);
+                    continue;
+                }
+            };
+            let connecting = match endpoint.connect(remote, &Role::Storage.server_name()) {
                 Ok(connecting) => connecting,
                 Err(error) => {
                     last = unreachable(error.to_string());
@@ -88,6 +127,21 @@ impl QuicTransport {
             }
         }
         Err(last)
+    }
+
+    /// Advertised addresses in the order to try them. Names keep their place behind addresses that are preferred.
+    fn preferred<'a>(&self, addresses: &'a [String]) -> Vec<&'a String> {
+        let literal = |text: &String| text.parse::<SocketAddr>().ok();
+        let order = self.network.order(addresses.iter().filter_map(literal).collect());
+        let rank = |text: &&String| match literal(text) {
+            Some(at) => order.iter().position(|other| *other == at).unwrap_or(usize::MAX),
+            None => order.len(),
+        };
+        let mut sorted: Vec<&String> = addresses.iter().collect();
+        if !self.network.is_any() {
+            sorted.sort_by_key(rank);
+        }
+        sorted
     }
 
     async fn greet(
@@ -172,7 +226,7 @@ impl ChunkTransport for QuicTransport {
             address: "no address".to_owned(),
             why: "the node has advertised none".to_owned(),
         };
-        for address in &node.addresses {
+        for address in self.preferred(&node.addresses) {
             let connection = match self.connect(node, address).await {
                 Ok(connection) => connection,
                 Err(error) => {
@@ -207,5 +261,8 @@ impl ChunkTransport for QuicTransport {
 impl Drop for QuicTransport {
     fn drop(&mut self) {
         self.endpoint.close(close::DONE.into(), b"");
+        for endpoint in self.bound.get_mut().unwrap_or_else(PoisonError::into_inner).values() {
+            endpoint.close(close::DONE.into(), b"");
+        }
     }
 }
