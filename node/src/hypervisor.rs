@@ -24,7 +24,7 @@ pub use error::{HypervisorError, Retry};
 pub use new_vm::{Defined, HostFacts, Networks, NewVm, SetAside};
 
 use crate::lease::Lease;
-use crate::restore::{NewDisk, new_vhdx};
+use crate::restore::{NewDisk, image_extension, new_image};
 use crate::source::{FrozenSource, open_chain};
 
 /// What a VM is doing.
@@ -272,12 +272,12 @@ pub trait Hypervisor: Send + Sync + 'static {
         disk: &DiskManifest,
         keep_disk_id: bool,
     ) -> Result<Box<dyn NewDisk>, DiskError> {
-        new_vhdx(path, disk, keep_disk_id)
+        new_image(path, disk, keep_disk_id)
     }
 
     /// Extension of the file that a restore writes a disk to.
-    fn disk_extension(&self, _disk: &DiskManifest) -> &'static str {
-        "vhdx"
+    fn disk_extension(&self, disk: &DiskManifest) -> &'static str {
+        image_extension(disk)
     }
 
     /// Whether a configuration file of a recovery point is the one that [`Hypervisor::define_vm`] wants.

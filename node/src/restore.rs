@@ -2,7 +2,7 @@
 //!
 //! | file | idea |
 //! | --- | --- |
-//! | `disk` | a tree of chunks into a sparse VHDX, every chunk checked against its id |
+//! | `disk` | a tree of chunks into a sparse disk file, every chunk checked against its id |
 //! | `target` | where a restored VM goes, and what is in its way |
 
 mod disk;
@@ -17,7 +17,7 @@ use outrider_proto::model::parse;
 use outrider_proto::rpc;
 use outrider_proto::seal::Sealer;
 
-pub use disk::{NewDisk, RestoreError, new_vhdx};
+pub use disk::{NewDisk, RestoreError, image_extension, new_image};
 
 use crate::hypervisor::NewVm;
 use crate::job::{JobContext, JobError, Outcome};
@@ -50,8 +50,8 @@ pub async fn fetch_manifest(reader: &Reader, id: ChunkId) -> Result<Manifest, Re
     Ok(Manifest::open(&reader.sealer, &record)?)
 }
 
-/// Writes the disks of a recovery point into a folder as VHDX files, in manifest order. Existing files are refused; what
-/// was written is removed when it fails.
+/// Writes the disks of a recovery point into a folder, VHDs as VHDs and all others as VHDX files, in manifest order.
+/// Existing files are refused; what was written is removed when it fails.
 ///
 /// # Errors
 /// [`RestoreError`].
@@ -62,8 +62,8 @@ pub async fn export_disks(
 ) -> Result<Vec<PathBuf>, RestoreError> {
     let mut written = Vec::new();
     for (index, disk) in manifest.disks.iter().enumerate() {
-        let name = safe_name(&disk.file_name, &format!("disk{index}.vhdx"));
-        let path = dir.join(name).with_extension("vhdx");
+        let name = safe_name(&disk.file_name, &format!("disk{index}"));
+        let path = dir.join(named_as(&name, image_extension(disk)));
         match export_disk(reader, disk, manifest.chunk_size, &path).await {
             Ok(_) => written.push(path),
             Err(e) => {
@@ -77,7 +77,7 @@ pub async fn export_disks(
     Ok(written)
 }
 
-/// Writes one disk of a recovery point as a new VHDX file of the original's block size and sectors; gives the bytes
+/// Writes one disk of a recovery point as a new file of the original's format, block size and sectors; gives the bytes
 /// written. A half-written file is removed.
 ///
 /// # Errors
@@ -89,13 +89,23 @@ pub async fn export_disk(
     path: &Path,
 ) -> Result<u64, RestoreError> {
     let (file, like) = (path.to_owned(), disk.clone());
-    disk::write(reader, disk, chunk_size, path, move || new_vhdx(&file, &like, true)).await
+    disk::write(reader, disk, chunk_size, path, move || new_image(&file, &like, true)).await
 }
 
 /// The file name without any folder that a manifest might hold.
 fn safe_name(name: &str, otherwise: &str) -> String {
     let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
     if name.is_empty() || name.starts_with('.') { otherwise.to_owned() } else { name.to_owned() }
+}
+
+/// A disk's file name with the extension of what it becomes, whatever image it came from.
+fn named_as(name: &str, extension: &str) -> String {
+    let images = ["vhdx", "avhdx", "vhd", "avhd", "raw", "img", "qcow2"];
+    let stem = name
+        .rsplit_once('.')
+        .filter(|(_, old)| images.iter().any(|image| old.eq_ignore_ascii_case(image)))
+        .map_or(name, |(stem, _)| stem);
+    format!("{stem}.{extension}")
 }
 
 fn remove_file(path: &Path) {

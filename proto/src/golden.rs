@@ -15,8 +15,8 @@ use crate::ids::{
 };
 use crate::journal::{JournalClear, JournalDisk, JournalEntry, JournalStart};
 use crate::manifest::{
-    ClusterGroup, ConfigFile, DiskManifest, FrozenLayer, Guardian, Image, Layer, Machine, Manifest,
-    Nic, SavedCheckpoint, Security, Switch, Tree,
+    ClusterGroup, ConfigFile, DiskManifest, FrozenLayer, Guardian, Image, ImageFormat, Layer,
+    Machine, Manifest, Nic, SavedCheckpoint, Security, Switch, Tree,
 };
 use crate::page::Links;
 use crate::receipt::{NamedReceipt, PgReceipt, Receipt};
@@ -88,6 +88,7 @@ fn manifest() -> Manifest {
             fixed: false,
             layers: vec![Layer { root_level: 2, root: ChunkId([8; 32]) }],
             excluded: vec![(4096, 8192)],
+            format: ImageFormat::default(),
         }],
         machine: Machine::default(),
         tree: Tree::default(),
@@ -226,6 +227,34 @@ fn golden_manifests_of_version_2_open_to_the_same_bytes_for_ever() {
             })
             .to_vec();
     compare("manifests-v2.txt", &samples);
+}
+
+#[test]
+fn golden_manifests_of_other_disk_formats_open_to_the_same_bytes_for_ever() {
+    let sealer = sealer();
+    let mut manifest = manifest();
+    manifest.disks.push(DiskManifest { format: ImageFormat::Raw, ..manifest.disks[0].clone() });
+    manifest.disks[0].format = ImageFormat::Vhd;
+    let sealed = manifest.seal(&sealer).expect("seals");
+    assert_eq!(Manifest::open(&sealer, &sealed).expect("opens"), manifest);
+    let body = sealer.open(&sealed).expect("opens");
+    compare("manifests-v2-formats.txt", &[("manifest-formats".to_owned(), body)]);
+}
+
+#[test]
+fn formats_that_are_unknown_or_of_too_many_disks_are_refused() {
+    let sealer = sealer();
+    let manifest = manifest();
+    for formats in [vec![9_u8], vec![0, 0]] {
+        let clear = manifest.links().encode();
+        let mut body = 2u16.to_le_bytes().to_vec();
+        body.extend(postcard::to_stdvec(&manifest).expect("encodes"));
+        let section = postcard::to_stdvec(&formats).expect("encodes");
+        body.extend(postcard::to_stdvec(&[(3_u16, section)].as_slice()).expect("encodes"));
+        let id = sealer.id_of(Kind::Page, &clear, &body);
+        let sealed = sealer.seal(Kind::Page, id, &clear, &body).expect("seals");
+        Manifest::open(&sealer, &sealed).expect_err("formats that do not fit");
+    }
 }
 
 #[test]

@@ -4,9 +4,11 @@
 //! sealed bytes are a version (16 bits), the [`Manifest`] in postcard encoding and, from version 2 on, sections by number,
 //! of which a reader skips those that it does not know (docs/formats.md lists them).
 
+mod format;
 mod machine;
 mod tree;
 
+pub use format::ImageFormat;
 pub use machine::{ClusterGroup, Guardian, Image, Machine, Nic, Security, Switch};
 pub use tree::{FrozenLayer, SavedCheckpoint, Tree};
 
@@ -27,6 +29,7 @@ const MAX_SECTIONS: usize = 64;
 /// Numbers of the sections.
 const SECTION_MACHINE: u16 = 1;
 const SECTION_TREE: u16 = 2;
+const SECTION_FORMATS: u16 = 3;
 
 /// What a recovery point is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +103,9 @@ pub struct DiskManifest {
     pub layers: Vec<Layer>,
     /// Ranges that the policy left out, as (offset, length): restored as zeros, masked in comparisons.
     pub excluded: Vec<(u64, u64)>,
+    /// Format of the image; a restore makes one of the same (section 3).
+    #[serde(skip)]
+    pub format: ImageFormat,
 }
 
 /// One layer's tree.
@@ -212,6 +218,10 @@ impl Manifest {
         if self.tree != Tree::default() {
             sections.push((SECTION_TREE, postcard::to_stdvec(&self.tree)?));
         }
+        if self.disks.iter().any(|d| d.format != ImageFormat::default()) {
+            let formats: Vec<u8> = self.disks.iter().map(|d| d.format as u8).collect();
+            sections.push((SECTION_FORMATS, postcard::to_stdvec(&formats)?));
+        }
         Ok(sections)
     }
 
@@ -228,6 +238,15 @@ impl Manifest {
                     self.machine = postcard::from_bytes(&content).map_err(failed)?;
                 }
                 SECTION_TREE => self.tree = postcard::from_bytes(&content).map_err(failed)?,
+                SECTION_FORMATS => {
+                    let formats: Vec<u8> = postcard::from_bytes(&content).map_err(failed)?;
+                    if formats.len() != self.disks.len() {
+                        return Err(format!("section {number}: {} formats", formats.len()));
+                    }
+                    for (disk, format) in self.disks.iter_mut().zip(formats) {
+                        disk.format = format.try_into()?;
+                    }
+                }
                 // Of a later release, and nothing that this one needs.
                 _ => {}
             }

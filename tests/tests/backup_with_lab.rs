@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lab_world::{DEADLINE, Job, MIB, World, times};
+use outrider_disk::{DiskFormat, DiskKind, DiskWriter, NewDisk, ReadDisk, open_disk};
 use outrider_lab::{
     CheckpointOnMigration, CreateVm, DiskSource, Fault, FaultKind, GateSpec, GuestWrite, HoldSpec,
     MigrationKind, WaitFor, When,
@@ -44,6 +45,43 @@ async fn full_then_two_incrementals_restore_to_the_exact_bytes_and_leave_one_ref
     }
     for job in jobs {
         world.judge(job).await;
+    }
+}
+
+/// Disks of the older format have no change tracking: each backup reads all of them, and a restore makes them again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vhd_disks_are_backed_up_in_full_beside_tracked_ones_and_restored_as_vhds() {
+    let given = tempfile::tempdir().expect("a temporary folder");
+    let mut disks = vec![DiskSource::Empty { size: 5 * MIB, block_size: 1 << 20 }];
+    for kind in [DiskKind::Dynamic, DiskKind::Fixed] {
+        let path = given.path().join(format!("{kind}.vhd"));
+        let new = NewDisk::of(DiskFormat::Vhd, kind, 7 * MIB + 512);
+        DiskWriter::create(&path, &new).expect("made").close().expect("closed");
+        disks.push(DiskSource::CopyOf(path));
+    }
+    let world = World::new(CheckpointOnMigration::Travels, disks).await;
+    world.write(6 * MIB, 1).await;
+    let first = world.back_up("alpha", BackupKind::Incremental).await;
+    world.assert_clean().await;
+    world.write(MIB, 2).await;
+    let second = world.back_up("alpha", BackupKind::Incremental).await;
+    let commit = world.commit(second);
+    let reasons = commit.reasons.join("; ");
+    assert!(reasons.contains("no change tracking"), "{reasons}");
+    world.assert_clean().await;
+    for job in [first, second] {
+        let kept = world.judge(job).await;
+        let facts: Vec<(DiskFormat, DiskKind)> = kept
+            .iter()
+            .map(|file| open_disk(file).expect("opens"))
+            .map(|disk| (disk.info().format, disk.info().kind))
+            .collect();
+        let expected = [
+            (DiskFormat::Vhdx, DiskKind::Dynamic),
+            (DiskFormat::Vhd, DiskKind::Dynamic),
+            (DiskFormat::Vhd, DiskKind::Fixed),
+        ];
+        assert_eq!(facts, expected);
     }
 }
 

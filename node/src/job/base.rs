@@ -177,7 +177,7 @@ fn decide(
 mod tests {
     use super::*;
     use outrider_proto::ids::{CheckpointId, JobId, PointId, VmGuid, VmKey, VmRole};
-    use outrider_proto::manifest::{DiskManifest, Layer, Machine, Tree};
+    use outrider_proto::manifest::{DiskManifest, ImageFormat, Layer, Machine, Tree};
     use outrider_proto::model::BoundDisk;
 
     const SIZE: u64 = 1 << 30;
@@ -239,6 +239,7 @@ mod tests {
                     fixed: false,
                     layers: vec![Layer { root_level: 2, root }],
                     excluded: vec![],
+                    format: ImageFormat::default(),
                 }],
                 machine: Machine::default(),
                 tree: Tree::default(),

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use futures::FutureExt;
-use outrider_disk::{ByteRange, DiskKind, RangeSet, ReadDisk};
+use outrider_disk::{ByteRange, DiskFormat, DiskKind, RangeSet, ReadDisk};
 use outrider_proto::ids::{ChunkId, DiskId, PointId, VmIncarnation, VmKey};
 use outrider_proto::journal::{JournalDisk, JournalEntry, JournalStart};
-use outrider_proto::manifest::{ConfigFile, Machine, Manifest};
+use outrider_proto::manifest::{ConfigFile, ImageFormat, Machine, Manifest};
 use outrider_proto::model::{Binding, parse};
 use outrider_proto::record::Record;
 use outrider_proto::rpc::{self, BackupKind};
@@ -34,6 +34,7 @@ pub(super) struct SourceFacts {
     pub(super) physical_sector: u32,
     pub(super) block_size: u32,
     pub(super) fixed: bool,
+    pub(super) format: ImageFormat,
     path: std::path::PathBuf,
     disk: Arc<SourceDisk>,
 }
@@ -191,6 +192,11 @@ async fn open_disks(
             physical_sector: info.physical_sector,
             block_size: info.block_size,
             fixed: info.kind == DiskKind::Fixed,
+            format: match info.format {
+                DiskFormat::Vhdx => ImageFormat::Vhdx,
+                DiskFormat::Vhd => ImageFormat::Vhd,
+                DiskFormat::Raw => ImageFormat::Raw,
+            },
             path: disk.path,
             disk: Arc::new(source),
         });

@@ -133,6 +133,7 @@ fn manifest(
         fixed: disk.fixed,
         layers: vec![Layer { root_level: root.level, root: root.id }],
         excluded: Vec::new(),
+        format: disk.format,
     });
     Manifest {
         point,

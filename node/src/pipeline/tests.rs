@@ -5,7 +5,7 @@ use outrider_disk::{DiskFormat, DiskInfo, DiskKind, RangeSet};
 use outrider_process::clock::{Clock, SystemClock};
 use outrider_proto::ids::{CheckpointId, JobId, LeaseEpoch};
 use outrider_proto::journal::{JournalEntry, JournalStart};
-use outrider_proto::manifest::{DiskManifest, Layer};
+use outrider_proto::manifest::{DiskManifest, ImageFormat, Layer};
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -115,6 +115,7 @@ async fn restored(store: &MemoryStore, root: TreeRoot, size: u64) -> Vec<u8> {
         fixed: false,
         layers: vec![Layer { root_level: root.level, root: root.id }],
         excluded: vec![],
+        format: ImageFormat::default(),
     };
     export_disk(&reader, &disk, CHUNK, &path).await.expect("restores");
     let chain = outrider_disk::DiskChain::open(&path).expect("opens");

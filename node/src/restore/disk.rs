@@ -1,13 +1,11 @@
-//! A tree of chunks into a sparse VHDX: many gets in flight, every chunk checked against its id, holes never written.
+//! A tree of chunks into a sparse disk file: many gets in flight, every chunk checked against its id, holes never written.
 
 use std::path::{Path, PathBuf};
 
 use futures::{FutureExt, TryStreamExt};
-use outrider_disk::vhdx::CreateOptions;
-use outrider_disk::vhdx::VhdxWriter;
-use outrider_disk::{DiskError, DiskKind};
+use outrider_disk::{DiskError, DiskFormat, DiskKind, DiskWriter};
 use outrider_proto::ids::ChunkId;
-use outrider_proto::manifest::{DiskManifest, ManifestError};
+use outrider_proto::manifest::{DiskManifest, ImageFormat, ManifestError};
 use outrider_proto::seal::SealError;
 use tokio::sync::mpsc;
 
@@ -21,6 +19,8 @@ const LEAVES: usize = 3;
 const CHUNKS: usize = 16;
 /// Smallest block of a VHDX.
 const SMALLEST_BLOCK: u32 = 1 << 20;
+/// Block sizes of VHDs that Windows makes.
+const VHD_BLOCKS: [u32; 2] = [512 << 10, 2 << 20];
 /// Decrypted chunks waiting for the disk.
 const WAITING: usize = 32;
 
@@ -98,9 +98,9 @@ pub trait NewDisk: Send {
     fn finish(self: Box<Self>) -> Result<(), DiskError>;
 }
 
-impl NewDisk for VhdxWriter {
+impl NewDisk for DiskWriter {
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        VhdxWriter::write_at(self, offset, bytes)
+        DiskWriter::write_at(self, offset, bytes)
     }
 
     fn finish(mut self: Box<Self>) -> Result<(), DiskError> {
@@ -109,25 +109,43 @@ impl NewDisk for VhdxWriter {
     }
 }
 
-/// A new VHDX of a disk's size, block size and sectors.
+/// A new disk of a disk's format, kind, size, block size and sectors. What was no VHD becomes a VHDX.
 ///
 /// # Errors
 /// [`DiskError`].
-pub fn new_vhdx(
+pub fn new_image(
     path: &Path,
     disk: &DiskManifest,
     keep_disk_id: bool,
 ) -> Result<Box<dyn NewDisk>, DiskError> {
-    let options = CreateOptions {
-        size: disk.size,
+    let kind = if disk.fixed { DiskKind::Fixed } else { DiskKind::Dynamic };
+    let vhd = disk.format == ImageFormat::Vhd;
+    let format = if vhd { DiskFormat::Vhd } else { DiskFormat::Vhdx };
+    let block_size = match vhd {
+        // Other programs than Windows make VHDs of other blocks, which Windows would not open.
+        true => Some(disk.block_size).filter(|size| VHD_BLOCKS.contains(size)),
         // Another format may have had smaller units than VHDX knows.
-        block_size: disk.block_size.max(SMALLEST_BLOCK),
+        false => Some(disk.block_size.max(SMALLEST_BLOCK)),
+    };
+    let new = outrider_disk::NewDisk {
+        format,
+        kind,
+        size: disk.size,
+        block_size,
         logical_sector: disk.logical_sector,
         physical_sector: disk.physical_sector,
-        kind: if disk.fixed { DiskKind::Fixed } else { DiskKind::Dynamic },
         disk_id: keep_disk_id.then_some(disk.disk_id.0),
     };
-    Ok(Box::new(VhdxWriter::create(path, &options)?))
+    Ok(Box::new(DiskWriter::create(path, &new)?))
+}
+
+/// Extension of the file that [`new_image`] makes.
+#[must_use]
+pub fn image_extension(disk: &DiskManifest) -> &'static str {
+    match disk.format {
+        ImageFormat::Vhd => "vhd",
+        ImageFormat::Vhdx | ImageFormat::Raw => "vhdx",
+    }
 }
 
 /// Writes a disk as the new file that `create` makes; removed again when it fails. Gives the bytes written.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use outrider_disk::vhdx::VhdxWriter;
+use outrider_disk::DiskWriter;
 use uuid::Uuid;
 
 use crate::cluster::{Cluster, now};
@@ -83,7 +83,15 @@ struct Made {
 fn child_path(disk: &Disk, checkpoint: Uuid) -> Option<PathBuf> {
     let base = disk.chain.first()?;
     let stem = base.file_stem()?.to_string_lossy();
-    Some(base.with_file_name(format!("{stem}_{}.avhdx", guid(checkpoint))))
+    // A checkpoint's file is of the disk's own format.
+    let extension = if is_vhd(base) { "avhd" } else { "avhdx" };
+    Some(base.with_file_name(format!("{stem}_{}.{extension}", guid(checkpoint))))
+}
+
+fn is_vhd(path: &Path) -> bool {
+    path.extension().and_then(|e| e.to_str()).is_some_and(|extension| {
+        extension.eq_ignore_ascii_case("vhd") || extension.eq_ignore_ascii_case("avhd")
+    })
 }
 
 fn freeze(
@@ -99,7 +107,7 @@ fn freeze(
             io.inspect(disk.id, leaf)?;
         }
         io.changed(disk.id);
-        VhdxWriter::create_child(&child, leaf, None)?.close()?;
+        DiskWriter::create_child(&child, leaf, None)?.close()?;
         if runs {
             io.open(disk.id, &child)?;
         }
@@ -109,7 +117,8 @@ fn freeze(
     // Only when nothing can fail any more: a mark cuts the record of changes.
     if new.recovery {
         for frozen in &mut made.frozen {
-            frozen.mark = Some(io.mark(frozen.disk));
+            // Change tracking needs VHDX.
+            frozen.mark = (!is_vhd(&frozen.path)).then(|| io.mark(frozen.disk));
         }
     }
     Ok(made)
@@ -223,6 +232,6 @@ pub(crate) fn apply(cluster: &Cluster, vm_id: Uuid, checkpoint: Uuid) -> Result<
 
 fn replace_by_empty_child(frozen: &Path, leaf: &Path) -> Result<(), LabError> {
     std::fs::remove_file(leaf).map_err(LabError::io("remove", leaf))?;
-    VhdxWriter::create_child(leaf, frozen, None)?.close()?;
+    DiskWriter::create_child(leaf, frozen, None)?.close()?;
     Ok(())
 }

@@ -50,9 +50,9 @@ impl CreateVm {
 /// Where a VM's disk comes from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum DiskSource {
-    /// A VHDX that is copied into the VM's folder (never touched).
+    /// A VHDX or VHD that is copied into the VM's folder (never touched).
     CopyOf(PathBuf),
-    /// A VHDX that is used where it is.
+    /// A VHDX or VHD that is used where it is.
     InPlace(PathBuf),
     /// An empty dynamic VHDX.
     Empty {

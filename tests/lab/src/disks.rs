@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use outrider_disk::vhdx::{CreateOptions, VhdxWriter};
-use outrider_disk::{DiskChain, DiskInfo, ReadDisk};
+use outrider_disk::{DiskChain, DiskFormat, DiskInfo, DiskKind, DiskWriter, NewDisk, ReadDisk};
 use uuid::Uuid;
 
 use crate::control::DiskSource;
@@ -20,7 +19,7 @@ const DEFAULT_BLOCK: u32 = 2 << 20;
 /// Open leaves and change tracking, by disk slot.
 #[derive(Default)]
 pub(crate) struct VmIo {
-    writers: BTreeMap<Uuid, VhdxWriter>,
+    writers: BTreeMap<Uuid, DiskWriter>,
     trackers: BTreeMap<Uuid, Tracker>,
     /// DataWriteGuid of each leaf that nobody has open, as it was left.
     left: BTreeMap<Uuid, Uuid>,
@@ -87,7 +86,7 @@ impl VmIo {
 
     /// Goes on writing to another leaf.
     pub(crate) fn open(&mut self, disk: Uuid, leaf: &Path) -> Result<(), LabError> {
-        self.writers.insert(disk, VhdxWriter::open(leaf)?);
+        self.writers.insert(disk, DiskWriter::open(leaf)?);
         Ok(())
     }
 
@@ -148,8 +147,11 @@ pub(crate) fn provide(
     let path = folder.join(format!("{stem}.vhdx"));
     match source {
         DiskSource::CopyOf(from) => {
-            // Opened first: a file that is no VHDX is refused with the reader's own words.
-            info(from)?;
+            // Opened first: a file that is no disk is refused with the reader's own words.
+            let path = match info(from)?.format {
+                DiskFormat::Vhd => path.with_extension("vhd"),
+                DiskFormat::Vhdx | DiskFormat::Raw => path,
+            };
             std::fs::copy(from, &path).map_err(LabError::io("copy the disk", from))?;
             Ok(Some(path))
         }
@@ -159,8 +161,11 @@ pub(crate) fn provide(
         }
         DiskSource::Empty { size, block_size } => {
             let block_size = if *block_size == 0 { DEFAULT_BLOCK } else { *block_size };
-            let options = CreateOptions { block_size, ..CreateOptions::dynamic(*size) };
-            VhdxWriter::create(&path, &options)?.close()?;
+            let new = NewDisk {
+                block_size: Some(block_size),
+                ..NewDisk::of(DiskFormat::Vhdx, DiskKind::Dynamic, *size)
+            };
+            DiskWriter::create(&path, &new)?.close()?;
             Ok(Some(path))
         }
         DiskSource::PassThrough
@@ -186,22 +191,24 @@ pub(crate) fn device(source: &DiskSource, folder: &Path, stem: &str) -> Option<D
 /// Makes a disk bigger in place: a new file of the new size takes the old one's content, identity and name.
 pub(crate) fn grow(path: &Path, size: u64) -> Result<(), LabError> {
     const STEP: u64 = 1 << 20;
-    let new = path.with_extension("growing");
+    let extension = path.extension().unwrap_or_default().to_string_lossy();
+    let new = path.with_extension(format!("growing.{extension}"));
     {
         let old = DiskChain::open(path)?;
         let info = old.info();
         if size <= info.size {
             return Err(LabError::refused(path.display(), 32773, "a disk only grows"));
         }
-        let options = CreateOptions {
+        let bigger = NewDisk {
+            format: info.format,
+            kind: DiskKind::Dynamic,
             size,
-            block_size: info.block_size,
+            block_size: Some(info.block_size),
             logical_sector: info.logical_sector,
             physical_sector: info.physical_sector,
             disk_id: Some(info.disk_id),
-            ..CreateOptions::dynamic(size)
         };
-        let mut writer = VhdxWriter::create(&new, &options)?;
+        let mut writer = DiskWriter::create(&new, &bigger)?;
         let mut buf = vec![0; STEP as usize];
         for range in &old.allocated()? {
             for at in (range.start..range.end()).step_by(STEP as usize) {

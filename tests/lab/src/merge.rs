@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use outrider_disk::merge::merge_child_into_parent;
-use outrider_disk::vhdx::set_parent;
+use outrider_disk::merge::{merge_child_into_parent, set_parent};
 use uuid::Uuid;
 
 use crate::cluster::Cluster;

@@ -263,7 +263,8 @@ impl World {
     }
 
     /// Restores the disks of a job's point and compares them with what its checkpoint froze.
-    pub(crate) async fn judge(&self, job: Job) {
+    /// Gives the files, which stay as long as the world.
+    pub(crate) async fn judge(&self, job: Job) -> Vec<PathBuf> {
         let commit = self.commit(job);
         let reader = Reader {
             store: Arc::new(self.store.clone()),
@@ -272,9 +273,10 @@ impl World {
         };
         let id = commit.manifest_id.parse().expect("an id");
         let manifest = restore::fetch_manifest(&reader, id).await.expect("the manifest opens");
-        let dir = tempfile::tempdir_in(self.folder.path()).expect("a folder");
+        let dir = self.folder.path().join(format!("restored-{}", job.id));
+        std::fs::create_dir_all(&dir).expect("a folder");
         let files: Vec<PathBuf> =
-            restore::export_disks(&reader, &manifest, dir.path()).await.expect("it restores");
+            restore::export_disks(&reader, &manifest, &dir).await.expect("it restores");
         assert_eq!(files.len(), self.vm.disks.len());
         for (index, file) in files.iter().enumerate() {
             let checkpoint = commit.checkpoint_id.parse().expect("a GUID");
@@ -285,6 +287,7 @@ impl World {
                 "disk {index} differs: {compared:?}"
             );
         }
+        files
     }
 
     /// Nothing of ours but one bound reference point.
