@@ -66,6 +66,33 @@ fn seeds(format: DiskFormat) -> Vec<Seed> {
     seeds
 }
 
+/// Writes the seeds as inputs of the fuzz targets into the folder that `OUTRIDER_FUZZ_SEEDS` names.
+#[test]
+fn seeds_of_the_fuzz_targets_are_written_on_demand() {
+    let Some(folder) = std::env::var_os("OUTRIDER_FUZZ_SEEDS") else { return };
+    let put = |target: &str, name: String, bytes: Vec<u8>| {
+        let folder = Path::new(&folder).join(target);
+        std::fs::create_dir_all(&folder).expect("the folder can be made");
+        std::fs::write(folder.join(name + ".seed"), bytes).expect("the folder can be written");
+    };
+    for format in [DiskFormat::Vhdx, DiskFormat::Vhd] {
+        let target = format.to_string().to_lowercase();
+        let seeds = seeds(format);
+        for (number, seed) in seeds.iter().enumerate() {
+            put(&target, format!("{}-{number}", seed.name), seed.file.encode());
+            if seed.name == "dirty" {
+                let mut log = vec![0; MIB as usize];
+                seed.file.read_exact_at(MIB, &mut log).expect("it has a log");
+                put("log", "dirty".into(), SparseFile::of(&log).encode());
+            }
+        }
+        let (child, parent) = (seeds[2].file.encode(), seeds[0].file.encode());
+        let head = [u8::from(format == DiskFormat::Vhd)];
+        let len = u32::try_from(child.len()).expect("a small seed").to_le_bytes();
+        put("chain", target, [&head[..], &len, &child, &parent].concat());
+    }
+}
+
 /// Numbers that have broken parsers before.
 const ODD: [u64; 14] = [
     0,
