@@ -243,4 +243,28 @@ mod tests {
         assert_eq!(config.jobs.merge_wait, Duration::from_secs(5));
         assert!(parse(&format!("{text}\n colour = 1")).is_err());
     }
+
+    #[test]
+    fn a_qemu_host_needs_its_sockets_folder_and_nothing_else() {
+        let head = r#"
+            name = "h1"
+            identity_dir = "id"
+            fabric = "f"
+            realm = "kvm"
+            coordinators = ["127.0.0.1:1"]
+            scratch_dir = "s"
+            hypervisor = "qemu"
+        "#;
+        let parse = |tail: &str| {
+            outrider_process::config::parse::<Config>(
+                std::path::Path::new("node.toml"),
+                &format!("{head}\n[qemu]\n{tail}"),
+                |_| None,
+            )
+        };
+        let qemu = parse("sockets = \"v\"").expect("enough").qemu.expect("a section");
+        assert_eq!((qemu.read_depth, qemu.freeze), (2, Duration::from_secs(10)));
+        assert!(parse("images = []").is_err(), "no sockets");
+        assert!(parse("sockets = \"v\"\nsocket = 1").is_err(), "an unknown key");
+    }
 }

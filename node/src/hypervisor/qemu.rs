@@ -248,6 +248,9 @@ impl Hypervisor for Qemu {
 
     async fn vm(&self, vm: VmGuid) -> Result<VmState, HypervisorError> {
         let machine = self.machine(vm)?;
+        if machine.is_migrating() {
+            machine.ask_for_migration().await;
+        }
         let seen = machine.seen().await.map_err(QemuError::from)?;
         let free = scratch::free(&self.scratch).map_err(|e| QemuError::Scratch {
             path: self.scratch.clone(),

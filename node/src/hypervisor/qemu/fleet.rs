@@ -188,6 +188,9 @@ impl Fleet {
         tracing::info!(vm = machine.name, guid = %machine.vm, qemu = %machine.qmp.version(), "a VM is here");
         // Before anybody hears of it: what a dead agent left is thawed, resumed and removed.
         self.inner.checkpoints.take_stock(machine).await;
+        if machine.is_migrating() {
+            self.inner.checkpoints.give_way(machine).await;
+        }
         self.tell_news(machine).await;
         locked(&self.inner.machines).insert(socket.clone(), machine.clone());
         if let Some(seen) = machine.last() {

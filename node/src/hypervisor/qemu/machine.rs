@@ -75,8 +75,17 @@ impl Machine {
         if let Err(e) = self.qmp.execute("migrate-set-capabilities", wanted).await {
             tracing::debug!(vm = self.name, error = %e, "no events of migrations");
         }
+        self.ask_for_migration().await;
+    }
+
+    /// Whether a migration away from here is on its way, by QEMU's own word and not by events, which may have been missed.
+    pub(super) async fn ask_for_migration(&self) {
+        let arriving = self.run_state().await.is_ok_and(|s| s == "inmigrate");
         match self.qmp.execute("query-migrate", Value::Null).await {
-            Ok(now) => self.set_migrating(is_leaving(now["status"].as_str().unwrap_or_default())),
+            Ok(now) => {
+                let status = now["status"].as_str().unwrap_or_default();
+                self.set_migrating(is_leaving(status) && !arriving);
+            }
             Err(e) => {
                 tracing::debug!(vm = self.name, error = %e, "the state of migrations is unknown");
             }
