@@ -150,7 +150,7 @@ async fn connect(
     tasks: &TaskGroup,
 ) -> Result<Arc<dyn Hypervisor>, NodeError> {
     match config.hypervisor {
-        HypervisorKind::Hyperv => Err(NodeError::NoHyperV),
+        HypervisorKind::Hyperv => this_host(config),
         HypervisorKind::Qemu => connect_qemu(config, fabric, tasks).await,
         HypervisorKind::Lab => {
             let lab = config.lab.as_ref().ok_or_else(|| NodeError::Config {
@@ -206,4 +206,17 @@ async fn connect_qemu(
     _tasks: &TaskGroup,
 ) -> Result<Arc<dyn Hypervisor>, NodeError> {
     Err(NodeError::Qemu("it is spoken to through Unix sockets, which this system lacks".into()))
+}
+
+/// Hyper-V of this machine. Whether it has any is seen when it is watched: it may come later, and then needs no new start.
+#[cfg(windows)]
+fn this_host(config: &Config) -> Result<Arc<dyn Hypervisor>, NodeError> {
+    let wmi = outrider_wmi::com::ComWmi::start().map_err(NodeError::Hypervisor)?;
+    let files = Arc::new(outrider_wmi::files::PlainFiles);
+    Ok(Arc::new(HyperV::new(Arc::new(wmi), files, config.jobs.clone())))
+}
+
+#[cfg(not(windows))]
+fn this_host(_config: &Config) -> Result<Arc<dyn Hypervisor>, NodeError> {
+    Err(NodeError::NoHyperV)
 }

@@ -96,7 +96,7 @@ async fn attach(
         Err(status) => return status,
     };
     // Ends with this function: its channel closes.
-    let watching = watcher::report(agent, up);
+    let watching = watcher::report(agent, up, readiness);
     let talking = async {
         let mut beats = Beats::new(agent);
         let mut renew = DEFAULT_RENEW;

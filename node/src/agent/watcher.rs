@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outrider_process::backoff::Backoff;
+use outrider_process::observability::Readiness;
 use outrider_proto::rpc::agent_up::What;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::Agent;
 use super::wire::Wire;
@@ -15,15 +16,24 @@ use crate::hypervisor::{Change, HypervisorError};
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Sends messages for one stream to the leader until its receiver is gone.
-pub(super) async fn report(agent: &Arc<Agent>, up: mpsc::Sender<What>) {
+/// Sends messages for one stream to the leader until its receiver is gone. An agent that is attached and cannot see its
+/// hypervisor is not ready.
+pub(super) async fn report(
+    agent: &Arc<Agent>,
+    up: mpsc::Sender<What>,
+    readiness: &watch::Sender<Readiness>,
+) {
     let wire = Wire { realm: agent.config.realm.clone() };
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE, Backoff::any_seed());
     loop {
-        match watch_once(agent, &wire, &up).await {
+        match watch_once(agent, &wire, &up, readiness).await {
             Ok(()) if up.is_closed() => return,
             Ok(()) => backoff.reset(),
-            Err(e) => tracing::warn!(error = %e, "the hypervisor cannot be watched, trying again"),
+            Err(e) => {
+                tracing::warn!(error = %e, "the hypervisor cannot be watched, trying again");
+                let why = format!("the hypervisor cannot be watched: {e}");
+                readiness.send_replace(Readiness::NotReady(why));
+            }
         }
         tokio::select! {
             () = up.closed() => return,
@@ -36,12 +46,14 @@ async fn watch_once(
     agent: &Agent,
     wire: &Wire,
     up: &mpsc::Sender<What>,
+    readiness: &watch::Sender<Readiness>,
 ) -> Result<(), HypervisorError> {
     // Subscribed before the inventory, so that nothing falls between the two.
     let mut changes = agent.hypervisor.watch().await?;
     if !send_inventory(agent, wire, up).await? {
         return Ok(());
     }
+    readiness.send_replace(Readiness::Ready);
     loop {
         let change = tokio::select! {
             () = up.closed() => return Ok(()),

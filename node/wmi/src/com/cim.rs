@@ -257,7 +257,11 @@ pub fn to_variant(value: Value, cim: CimType, place: &Place) -> Result<Variant, 
         (Base::Uint64, v) => Variant::Text(v.as_u64().ok_or_else(|| wrong(v))?.to_string()),
         (Base::Sint8, v) => Variant::I16(i16::from(signed::<i8>(v).ok_or_else(|| wrong(v))?)),
         (Base::Sint16, v) => Variant::I16(signed(v).ok_or_else(|| wrong(v))?),
-        (Base::Sint32, v) => Variant::I32(signed(v).ok_or_else(|| wrong(v))?),
+        // Bit masks and handles are declared now with, now without a sign; COM carries both alike.
+        (Base::Sint32, v) => {
+            let bits = || unsigned::<u32>(v).map(u32::cast_signed);
+            Variant::I32(signed(v).or_else(bits).ok_or_else(|| wrong(v))?)
+        }
         (Base::Sint64, v) => Variant::Text(signed::<i64>(v).ok_or_else(|| wrong(v))?.to_string()),
         (Base::Real, v @ Value::Str(text)) => {
             Variant::Real(text.trim().parse().map_err(|_| wrong(v))?)
@@ -340,6 +344,8 @@ mod tests {
         assert_eq!(write(Value::UInt(0xffff_ffff), 19), Ok(Variant::I32(-1)));
         assert_eq!(write(Value::UInt(1 << 40), 21), Ok(Variant::Text((1_u64 << 40).to_string())));
         assert_eq!(write(Value::UInt(7), 17), Ok(Variant::U8(7)));
+        assert_eq!(write(Value::UInt(0x8000_0002), 3), Ok(Variant::I32(-0x7fff_fffe)));
+        assert!(write(Value::UInt(1 << 32), 3).is_err());
         assert!(write(Value::UInt(70_000), 18).is_err());
         assert!(write(Value::Str("x".into()), 11).is_err());
         let settings = Object::new("Msvm_X", "").with("ConsistencyLevel", 1_u32);
