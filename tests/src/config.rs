@@ -28,6 +28,17 @@ fn rim(plan: &Plan) -> String {
     out
 }
 
+/// Where the VMs of a host are.
+#[derive(Debug, Clone, Copy)]
+pub struct RealHost<'a> {
+    /// Folder of the sockets.
+    pub sockets: &'a Path,
+    /// Folder that restores may use.
+    pub images: &'a Path,
+    /// More settings of `[qemu]`, as TOML.
+    pub more: &'a str,
+}
+
 /// What all processes know of the fabric.
 #[derive(Debug, Clone)]
 pub struct Ground<'a> {
@@ -118,6 +129,32 @@ impl Ground<'_> {
             coordinators = list(self.coordinators),
             scratch = self.data("node", host),
             lab = text(lab),
+            patience = self.plan.storage_patience,
+            merge = self.plan.merge_wait,
+            barrier = self.plan.barrier_interval,
+            rim = rim(self.plan),
+        )
+    }
+
+    /// `node.toml` of the agent on a host with real VMs.
+    #[must_use]
+    pub fn node_with_qemu(&self, host: &str, real: &RealHost<'_>) -> String {
+        format!(
+            "name = {name}\nfabric = {fabric}\nrealm = {realm}\nidentity_dir = {identity}\n\
+             coordinators = [{coordinators}]\nscratch_dir = {scratch}\nhypervisor = \"qemu\"\n\
+             qemu = {{ sockets = {sockets}, images = [{images}], {more} }}\n\
+             limits = {{ read_size = \"1 MiB\", in_flight = \"16 MiB\" }}\n\
+             jobs = {{ barrier_interval = \"{barrier}\", busy_first = \"20ms\", \
+             busy_ceiling = \"200ms\", merge_wait = \"{merge}\", storage_patience = \"{patience}\" }}\n{rim}",
+            name = text(host),
+            fabric = text(self.fabric),
+            realm = text(REALM),
+            identity = self.identity("node", host),
+            coordinators = list(self.coordinators),
+            scratch = self.data("node", host),
+            sockets = text(real.sockets.display()),
+            images = text(real.images.display()),
+            more = real.more,
             patience = self.plan.storage_patience,
             merge = self.plan.merge_wait,
             barrier = self.plan.barrier_interval,

@@ -103,7 +103,13 @@ pub struct Fabric {
 }
 
 /// A temporary folder; kept when the test fails and `OUTRIDER_TEST_KEEP` is set.
-struct Folder(Option<TempDir>);
+pub(crate) struct Folder(Option<TempDir>);
+
+impl Folder {
+    pub(crate) fn path(&self) -> &Path {
+        self.0.as_ref().expect("gone only in drop").path()
+    }
+}
 
 impl Drop for Folder {
     fn drop(&mut self) {
@@ -114,9 +120,20 @@ impl Drop for Folder {
     }
 }
 
-impl Fabric {
-    /// Starts everything, and waits until hosts and layout are known.
-    pub async fn start(plan: Plan) -> Self {
+/// Coordinators, storage nodes and an operator: what there is besides hosts.
+pub(crate) struct Core {
+    pub(crate) coordinators: Vec<Process>,
+    pub(crate) storage: Vec<Process>,
+    pub(crate) operator: Operator,
+    pub(crate) ca: FabricCa,
+    pub(crate) addresses: Vec<String>,
+    // Dropped last: the processes are gone by then.
+    pub(crate) folder: Folder,
+}
+
+impl Core {
+    /// Starts them, with identities for the plan's hosts.
+    pub(crate) async fn start(plan: &Plan) -> Self {
         let dir = tempfile::Builder::new().prefix("outrider-").tempdir().expect("a folder");
         let ca = FabricCa::create(&uuid::Uuid::new_v4().to_string()).expect("a fabric");
         let kek = KeyEncryptionKey::generate();
@@ -142,26 +159,69 @@ impl Fabric {
             let place = identity_dir(dir.path(), Role::Coordinator, &name);
             enrolment.save(&place).expect("saved");
         }
-        let (coordinators, addresses) = start_coordinators(&plan, ca.fabric(), dir.path()).await;
+        let (coordinators, addresses) = start_coordinators(plan, ca.fabric(), dir.path()).await;
         let ground =
-            Ground { plan: &plan, fabric: ca.fabric(), dir: dir.path(), coordinators: &addresses };
-        let mut lab_process = Process::start("lab", "cluster", dir.path(), &ground.lab());
-        let lab_address = only_address(&mut lab_process).await;
-        let lab = LabControl::connect(lab_address).await.expect("the lab answers");
+            Ground { plan, fabric: ca.fabric(), dir: dir.path(), coordinators: &addresses };
         let mut storage: Vec<Process> = names("s", plan.storage)
             .iter()
             .map(|name| Process::start("storage", name, dir.path(), &ground.storage(name)))
             .collect();
-        let mut agents: Vec<Process> = plan
-            .hosts
-            .iter()
-            .map(|h| Process::start("node", h, dir.path(), &ground.node(h, lab_address)))
-            .collect();
-        for process in storage.iter_mut().chain(&mut agents) {
+        for process in &mut storage {
             process.ready().await;
         }
         let identity = identity_dir(dir.path(), Role::Operator, "op");
         let operator = Operator::new(addresses.clone(), identity);
+        Self { coordinators, storage, operator, ca, addresses, folder: Folder(Some(dir)) }
+    }
+
+    /// What configuration files are made of.
+    pub(crate) fn ground<'a>(&'a self, plan: &'a Plan) -> Ground<'a> {
+        let fabric = self.ca.fabric();
+        Ground { plan, fabric, dir: self.dir(), coordinators: &self.addresses }
+    }
+
+    /// The fabric's folder.
+    pub(crate) fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// Waits until every host and every storage node is up, and the layout is made.
+pub(crate) async fn settled(operator: &Operator, plan: &Plan) {
+    let hosts = plan.hosts.len();
+    eventually("all hosts and storage nodes are up", async || {
+        let status = operator.status().await.map_err(|e| e.to_string())?;
+        let online = status.storage.iter().filter(|s| s.node.as_ref().is_some_and(|n| n.online));
+        let (up, online) = (status.hosts_up as usize, online.count());
+        let layout = status.layout.is_some_and(|l| !l.pgs.is_empty());
+        if up == hosts && online == plan.storage && layout {
+            return Ok(());
+        }
+        Err(format!(
+            "{up} of {hosts} hosts, {online} of {} storage nodes, layout: {layout}",
+            plan.storage
+        ))
+    })
+    .await;
+}
+
+impl Fabric {
+    /// Starts everything, and waits until hosts and layout are known.
+    pub async fn start(plan: Plan) -> Self {
+        let core = Core::start(&plan).await;
+        let ground = core.ground(&plan);
+        let mut lab_process = Process::start("lab", "cluster", core.dir(), &ground.lab());
+        let lab_address = only_address(&mut lab_process).await;
+        let lab = LabControl::connect(lab_address).await.expect("the lab answers");
+        let mut agents: Vec<Process> = plan
+            .hosts
+            .iter()
+            .map(|h| Process::start("node", h, core.dir(), &ground.node(h, lab_address)))
+            .collect();
+        for process in &mut agents {
+            process.ready().await;
+        }
+        let Core { coordinators, storage, operator, ca, addresses, folder } = core;
         let fabric = Self {
             coordinators,
             storage,
@@ -172,7 +232,7 @@ impl Fabric {
             ca,
             addresses,
             plan,
-            folder: Folder(Some(dir)),
+            folder,
         };
         fabric.settled().await;
         fabric
@@ -181,7 +241,7 @@ impl Fabric {
     /// Starts the agent of an unmanned host, with whatever identity lies in its place.
     pub async fn man(&mut self, host: &str) {
         let lab = only_address(&mut self.lab_process).await;
-        let dir = self.folder.0.as_ref().expect("gone only in drop").path();
+        let dir = self.folder.path();
         let ground = Ground {
             plan: &self.plan,
             fabric: self.ca.fabric(),
@@ -197,28 +257,13 @@ impl Fabric {
 
     /// Waits until every host and every storage node is up, and the layout is made.
     pub async fn settled(&self) {
-        let hosts = self.plan.hosts.len();
-        eventually("all hosts and storage nodes are up", async || {
-            let status = self.operator.status().await.map_err(|e| e.to_string())?;
-            let online =
-                status.storage.iter().filter(|s| s.node.as_ref().is_some_and(|n| n.online));
-            let (up, online) = (status.hosts_up as usize, online.count());
-            let layout = status.layout.is_some_and(|l| !l.pgs.is_empty());
-            if up == hosts && online == self.plan.storage && layout {
-                return Ok(());
-            }
-            Err(format!(
-                "{up} of {hosts} hosts, {online} of {} storage nodes, layout: {layout}",
-                self.plan.storage
-            ))
-        })
-        .await;
+        settled(&self.operator, &self.plan).await;
     }
 
     /// The fabric's folder.
     #[must_use]
     pub fn dir(&self) -> &Path {
-        self.folder.0.as_ref().expect("gone only in drop").path()
+        self.folder.path()
     }
 
     /// Where a storage node keeps its data.

@@ -13,6 +13,7 @@
 //! | [`operator`] | what an operator asks, typed; and the command line as it is typed |
 //! | [`http`] | metrics and health of a process |
 //! | [`judge`] | is the restore exact, is the host clean? |
+//! | [`real`] | the same fabric with real VMs: QEMU instead of the simulated cluster |
 //! | [`sabotage`] | power cuts and rot in a storage node's files |
 //! | [`traces`] | an OTLP receiver |
 //! | [`wait`] | waiting for states, never for time |
@@ -24,6 +25,8 @@ pub mod http;
 pub mod judge;
 pub mod operator;
 pub mod process;
+#[cfg(target_os = "linux")]
+pub mod real;
 pub mod sabotage;
 pub mod traces;
 pub mod wait;

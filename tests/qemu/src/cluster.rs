@@ -1,9 +1,12 @@
 //! Hosts with shared storage, the VMs on them, and the hand of whoever manages them.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::sockopt::socket_peercred;
 use serde_json::json;
 use tokio::sync::OnceCell;
 use uuid::Uuid;
@@ -79,9 +82,12 @@ impl Cluster {
         let shared = dir.join("shared");
         make(&shared)?;
         let mut places = BTreeMap::new();
-        for host in hosts {
+        for (number, host) in (2..).zip(hosts) {
             let folder = dir.join("hosts").join(host);
-            let place = Places { sockets: folder.join("sockets"), control: folder.join("control") };
+            let (sockets, control) = (folder.join("sockets"), folder.join("control"));
+            // The whole of 127/8 is this machine: a host has an address of its own without any right.
+            let address = Ipv4Addr::new(127, 0, 77, number).into();
+            let place = Places { address, sockets, control };
             make(&place.sockets)?;
             make(&place.control)?;
             places.insert((*host).to_owned(), place);
@@ -214,13 +220,18 @@ impl Cluster {
         Error::Gone { vm: name.clone(), reason: format!("{error}; its console ends with:\n{tail}") }
     }
 
-    /// Takes over a VM that somebody else started on a host (a restore), with the definition as it should be.
+    /// Takes over a VM that an agent started on a host (a restore), with the definition as it should be. Its sockets are
+    /// where those of the original were, under its own name.
     ///
     /// # Errors
     /// [`Error::Late`] when it is not there, [`Error::Gone`].
     pub async fn adopt(&mut self, machine: Machine, host: &str) -> Result<&mut Vm, Error> {
-        let places = self.places(host)?;
         let name = machine.name.clone();
+        let places = until(&format!("{name}'s monitor"), END, async || {
+            let listens = |p: &&Places| UnixStream::connect(p.monitor(&name)).is_ok();
+            Ok(self.hosts.values().find(listens).cloned().ok_or_else(|| "no socket".to_owned()))
+        })
+        .await?;
         let qmp = Qmp::connect(&name, &places.monitor(&name)).await?;
         let gone = || Error::Gone { vm: name.clone(), reason: "nobody is at its socket".into() };
         let process = Process::adopt(qmp.pid().ok_or_else(gone)?);
@@ -288,6 +299,22 @@ impl Cluster {
     }
 }
 
+/// Nothing outlives a cluster: also VMs that an agent started and nobody adopted.
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.vms.clear();
+        for places in self.hosts.values() {
+            let files = std::fs::read_dir(&places.control).into_iter().flatten().flatten();
+            let sockets = files.map(|f| f.path()).filter(|p| p.extension() == Some("qmp".as_ref()));
+            for stream in sockets.filter_map(|s| UnixStream::connect(s).ok()) {
+                if let Ok(peer) = socket_peercred(&stream) {
+                    drop(Process::adopt(peer.pid));
+                }
+            }
+        }
+    }
+}
+
 fn make(folder: &Path) -> Result<(), Error> {
     std::fs::create_dir_all(folder).map_err(Error::file("making", folder))
 }
@@ -308,7 +335,9 @@ async fn kvm_works(boot: &Boot, dir: &Path) -> bool {
     if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
         return false;
     }
-    let places = Places { sockets: dir.join("trial"), control: dir.join("trial") };
+    let trial = dir.join("trial");
+    let address = Ipv4Addr::LOCALHOST.into();
+    let places = Places { address, sockets: trial.clone(), control: trial };
     if make(&places.control).is_err() {
         return false;
     }

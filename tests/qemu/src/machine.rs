@@ -50,6 +50,8 @@ pub struct Machine {
 /// Where a VM's sockets are on a host.
 #[derive(Debug, Clone)]
 pub struct Places {
+    /// The host's own address; migrations come in there.
+    pub address: std::net::IpAddr,
     /// For Outrider: `NAME.qmp` and `NAME.qga`.
     pub sockets: PathBuf,
     /// The cluster manager's own: monitor, serial ports, logs.

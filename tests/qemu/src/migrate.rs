@@ -1,6 +1,6 @@
 //! Live migrations between two hosts: one that succeeds, one that fails and returns, one that is held in the middle.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -31,7 +31,7 @@ pub struct Moved {
     /// How long the guest stood still, by QEMU's account.
     pub downtime: Duration,
     /// When the VM was seen running on its new host.
-    pub ended: Instant,
+    pub ended: SystemTime,
 }
 
 impl Cluster {
@@ -54,9 +54,13 @@ impl Cluster {
 
     async fn begin(&mut self, name: &str, to: &str, rate: u64) -> Result<Migration, Error> {
         let machine = self.vm(name)?.machine.clone();
+        let address = self.places(to)?.address;
         let mut target = self.launch(machine, to, true).await?;
         capable(&mut target).await?;
-        target.qmp.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" })).await?;
+        target
+            .qmp
+            .execute("migrate-incoming", json!({ "uri": format!("tcp:{address}:0") }))
+            .await?;
         let listening = target.qmp.execute("query-migrate", json!({})).await?;
         let address = &listening["socket-address"][0];
         let (Some(host), Some(port)) = (address["host"].as_str(), address["port"].as_str()) else {
@@ -95,14 +99,14 @@ impl Cluster {
             return Err(Error::Refused { vm: name, command: "migrate".to_owned(), reason });
         }
         target.qmp.reaches("running", PATIENCE).await?;
-        let ended = Instant::now();
+        let (ended, waited) = (SystemTime::now(), began.elapsed());
         let downtime = Duration::from_millis(info["downtime"].as_u64().unwrap_or(0));
         let took = Duration::from_millis(info["total-time"].as_u64().unwrap_or(0));
         // The old process is of no use any more; its sockets go with it.
         source.qmp.execute("quit", json!({})).await?;
         source.process.ended(&name, END).await?;
         self.put(target);
-        Ok(Moved { took: took.max(ended - began), downtime, ended })
+        Ok(Moved { took: took.max(waited), downtime, ended })
     }
 
     /// Kills the waiting process in mid-migration: the VM goes on where it was. Gives QEMU's reason.
