@@ -7,6 +7,8 @@ use outrider_qemulab::{
     Cluster, Disk, Format, Installation, Machine, NewVm, Shape, Verdict, image,
 };
 
+use tokio::sync::{Semaphore, SemaphorePermit};
+
 use crate::config::RealHost;
 use crate::eventually;
 use crate::fabric::{Core, Folder, MIB, Plan, settled};
@@ -42,7 +44,11 @@ pub struct RealFabric {
     pub plan: Plan,
     // Dropped last: the processes are gone by then.
     folder: Folder,
+    _turn: SemaphorePermit<'static>,
 }
+
+/// Emulated machines need a processor each: so many fabrics of a test process run at the same time.
+static TURNS: Semaphore = Semaphore::const_new(2);
 
 /// Bytes of a VM's disks at one moment.
 #[derive(Debug)]
@@ -51,6 +57,7 @@ pub struct Truth(Vec<PathBuf>);
 impl RealFabric {
     /// Starts everything; `more` are further settings of `[qemu]` in every agent's configuration.
     pub async fn start(plan: Plan, installation: &Installation, more: &str) -> Self {
+        let turn = TURNS.acquire().await.expect("never closed");
         let core = Core::start(&plan).await;
         let hosts: Vec<&str> = plan.hosts.iter().map(String::as_str).collect();
         let cluster = Cluster::new(core.dir(), &hosts, installation).await.expect("a cluster");
@@ -71,7 +78,7 @@ impl RealFabric {
         }
         let Core { coordinators, storage, operator, folder, .. } = core;
         settled(&operator, &plan).await;
-        Self { coordinators, storage, agents, operator, cluster, plan, folder }
+        Self { coordinators, storage, agents, operator, cluster, plan, folder, _turn: turn }
     }
 
     /// The fabric's folder.
@@ -85,14 +92,15 @@ impl RealFabric {
         self.agents.iter_mut().find(|a| a.name() == host).expect("a host of the plan")
     }
 
-    /// A running VM with a qcow2 and a raw disk of odd sizes, known to the coordinators.
+    /// A running VM with a qcow2 and a raw disk of odd sizes, known to the coordinators. It has no guest agent: freezing
+    /// a file system writes to it, so only the disks of a guest that is left alone can be compared byte by byte.
     pub async fn vm(&mut self, name: &str, host: &str, shape: Shape) {
         self.vm_with(NewVm {
             name: name.to_owned(),
             host: host.to_owned(),
             disks: vec![(48 * MIB + 1536, Format::Qcow2), (33 * MIB + 512, Format::Raw)],
             shape,
-            agent: true,
+            agent: false,
         })
         .await;
     }
@@ -114,11 +122,13 @@ impl RealFabric {
     }
 
     /// Copies a VM's disks as they are now; its guest must not be writing.
-    pub fn truth(&mut self, name: &str) -> Truth {
+    pub async fn truth(&mut self, name: &str) -> Truth {
         let folder = self.dir().join("truth");
         std::fs::create_dir_all(&folder).expect("a folder");
         let taken = std::fs::read_dir(&folder).expect("a folder").count();
-        let machine = self.cluster.vm(name).expect("it runs").machine.clone();
+        let vm = self.cluster.vm(name).expect("it runs");
+        vm.flush().await.expect("flushed");
+        let machine = vm.machine.clone();
         let copy = |(number, disk): (usize, &Disk)| {
             let to = folder.join(format!("{name}-{taken}-{number}"));
             image::snapshot(&disk.path, disk.format, &to).expect("copied");
@@ -129,9 +139,9 @@ impl RealFabric {
 
     /// Backs a VM up whose guest does not write, and gives the point with the bytes of its checkpoint.
     pub async fn backed_up_at_rest(&mut self, name: &str, kind: BackupKind) -> (rpc::Point, Truth) {
-        let before = self.truth(name);
+        let before = self.truth(name).await;
         let point = self.operator.backed_up(name, kind).await;
-        let after = self.truth(name);
+        let after = self.truth(name).await;
         // If nobody wrote meanwhile, both are the checkpoint.
         for (a, b) in before.0.iter().zip(&after.0) {
             let differs = image::compare((a, Format::Raw), (b, Format::Raw)).expect("compared");

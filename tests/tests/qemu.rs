@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use outrider_proto::rpc::{self, BackupKind};
-use outrider_qemulab::Shape;
+use outrider_qemulab::{Format, NewVm, Shape};
 use outrider_tests::fabric::MIB;
 use outrider_tests::real::{RealFabric, installation};
 use outrider_tests::{Plan, eventually};
@@ -217,7 +217,9 @@ async fn a_reset_and_a_shutdown_in_a_backup_are_survived() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_is_thawed_though_its_agent_hangs_and_frozen_points_need_no_replay() {
     let mut fabric = fabric!("guest_agent = \"2s\", freeze = \"5s\"");
-    fabric.vm("frozen", "alpha", Shape::Blockdev).await;
+    let disks = vec![(48 * MIB + 1536, Format::Qcow2), (33 * MIB + 512, Format::Raw)];
+    let (name, host) = ("frozen".to_owned(), "alpha".to_owned());
+    fabric.vm_with(NewVm { name, host, disks, shape: Shape::Blockdev, agent: true }).await;
     let vm = fabric.cluster.vm("frozen").expect("it runs");
     if !vm.guest.ready().await.expect("it is up").agent {
         println!("SKIPPED: no qemu-ga for the guest; `.ci/tools guest` gets it");

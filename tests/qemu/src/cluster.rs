@@ -56,6 +56,21 @@ pub struct Vm {
     pub guest: Guest,
 }
 
+impl Vm {
+    /// Writes out what QEMU itself holds back (tables of qcow2): others can read the images then.
+    ///
+    /// # Errors
+    /// Of QEMU.
+    pub async fn flush(&mut self) -> Result<(), Error> {
+        for number in 0..self.machine.disks.len() {
+            let line = format!("qemu-io disk{number} flush");
+            let arguments = json!({ "command-line": line });
+            self.qmp.execute("human-monitor-command", arguments).await?;
+        }
+        Ok(())
+    }
+}
+
 /// Hosts, shared storage, VMs.
 #[derive(Debug)]
 pub struct Cluster {
