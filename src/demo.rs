@@ -6,6 +6,7 @@
 //! | [`configs`], [`processes`] | the fabric's processes, started, killed, watched |
 //! | [`stage`] | what the steps ask of fabric and lab |
 //! | [`steps`] | one file a step; each proves its result |
+//! | [`real`] | the same on real VMs (`--hypervisor qemu`) |
 //! | [`tell`], [`outcome`] | the story's lines, the table, the JSON |
 
 mod configs;
@@ -13,6 +14,8 @@ mod disks;
 mod given;
 mod outcome;
 mod processes;
+#[cfg(unix)]
+mod real;
 mod setup;
 mod stage;
 mod steps;
@@ -49,6 +52,12 @@ pub(crate) struct Options {
     /// Also write every disk's first and last recovery point here, as NAME-first.vhdx and NAME-last.vhdx
     #[arg(long, value_name = "DIR")]
     restore_to: Option<PathBuf>,
+    /// A simulated Hyper-V cluster, or real VMs of an installed QEMU
+    #[arg(long, value_enum, default_value_t = On::Lab, value_name = "KIND")]
+    hypervisor: On,
+    /// With --hypervisor qemu: the guests' kernel, a file DIR/boot/vmlinuz-RELEASE with its modules in DIR/lib/modules/RELEASE
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
     /// Leave everything running, and say how to talk to it and how to stop it
     #[arg(long)]
     keep: bool,
@@ -60,7 +69,37 @@ pub(crate) struct Options {
     dir: Option<PathBuf>,
 }
 
+/// What the demo's VMs run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum On {
+    // A simulated Hyper-V failover cluster.
+    Lab,
+    // Real VMs of QEMU or KVM, with live migration.
+    Qemu,
+}
+
+impl Options {
+    /// Refuses options that do not go together.
+    fn check(&self) -> Result<(), Failure> {
+        let given = [
+            ("--disk", !self.disks.is_empty()),
+            ("--restore-to", self.restore_to.is_some()),
+            ("--keep", self.keep),
+        ];
+        match (self.hypervisor, given.iter().find(|(_, given)| *given)) {
+            (On::Qemu, Some((option, _))) => {
+                Err(Failure::usage(format!("{option} does not go with --hypervisor qemu")))
+            }
+            (On::Lab, _) if self.kernel.is_some() => {
+                Err(Failure::usage("--kernel goes with --hypervisor qemu only"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 pub(crate) async fn run(options: Options, json: bool) -> Done {
+    options.check()?;
     let began = Instant::now();
     let tell = Tell::new(json);
     let mut outcome = Outcome::default();
@@ -128,7 +167,22 @@ async fn play(
     folder: &mut Option<tempfile::TempDir>,
 ) -> Result<End, Problem> {
     let began = Instant::now();
-    tell.step("Setup: three coordinators, three storage nodes, three hosts of a simulated cluster with their agents");
+    #[cfg(unix)]
+    let installation = match options.hypervisor {
+        On::Qemu => Some(real::installation(options.kernel.as_deref())?),
+        On::Lab => None,
+    };
+    #[cfg(not(unix))]
+    if options.hypervisor == On::Qemu {
+        return Err(Failure::refused("real VMs of QEMU need a Unix machine").into());
+    }
+    let hosts = match options.hypervisor {
+        On::Lab => "of a simulated cluster",
+        On::Qemu => "with real VMs",
+    };
+    tell.step(&format!(
+        "Setup: three coordinators, three storage nodes, three hosts {hosts} with their agents"
+    ));
     let given = setup::given_disks(options.disks.clone(), tell).await?;
     let parent = options.dir.clone().unwrap_or_else(std::env::temp_dir);
     std::fs::create_dir_all(&parent)
@@ -147,6 +201,10 @@ async fn play(
             .path()
             .to_owned();
     let dir = dir.canonicalize()?;
+    #[cfg(unix)]
+    if let Some(installation) = installation {
+        return Box::pin(play_real(&installation, options.seed, &dir, tell, outcome)).await;
+    }
 
     let mut processes = None;
     let mut stage = None;
@@ -175,13 +233,43 @@ async fn play(
         complaints.extend(owner.stop().await);
     }
     result?;
-    if let Some(first) = complaints.first().cloned() {
-        let failure = Failure::new(format!("the story went well, but {first}"));
-        return Err(Problem::Failed(
-            complaints.into_iter().skip(1).fold(failure, Failure::because),
-        ));
-    }
-    Ok(End::Done)
+    in_order(complaints)
+}
+
+/// All went well when every process left in order, too.
+fn in_order(complaints: Vec<String>) -> Result<End, Problem> {
+    let mut complaints = complaints.into_iter();
+    let Some(first) = complaints.next() else { return Ok(End::Done) };
+    let failure = Failure::new(format!("the story went well, but {first}"));
+    Err(Problem::Failed(complaints.fold(failure, Failure::because)))
+}
+
+/// The story on real VMs.
+#[cfg(unix)]
+async fn play_real(
+    installation: &outrider_qemulab::Installation,
+    seed: u64,
+    dir: &Path,
+    tell: Tell,
+    outcome: &mut Outcome,
+) -> Result<End, Problem> {
+    let mut stage = None;
+    let story = real::story(dir, seed, tell, installation, outcome, &mut stage);
+    let result = tokio::select! {
+        result = Box::pin(story) => result.map_err(Problem::Failed),
+        signal = signals::wait_for_shutdown() => {
+            let name = signal.unwrap_or("a signal");
+            Err(Problem::Interrupted(Failure::new(format!("interrupted by {name}; everything was stopped"))))
+        }
+    };
+    // The agents leave before their VMs do.
+    let complaints = match &mut stage {
+        Some(stage) => stage.processes.stop().await,
+        None => Vec::new(),
+    };
+    drop(stage);
+    result?;
+    in_order(complaints)
 }
 
 #[expect(
@@ -236,7 +324,7 @@ async fn story(
         note(outcome, "restore-to", began, result.map(|figures| ((), figures)))?;
     }
     outcome.vms = outcome::vm_rows(stage).await?;
-    outcome.storage = outcome::storage_rows(stage).await?;
+    outcome.storage = outcome::storage_rows(&stage.operator).await?;
     outcome.processes = stage.processes.all();
     Ok(())
 }

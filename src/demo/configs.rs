@@ -57,8 +57,51 @@ pub(super) fn storage_name(node: &str) -> String {
     format!("storage-{node}")
 }
 
+/// What the agents' hosts are.
+#[derive(Debug)]
+pub(super) enum Hosts {
+    /// Of the simulated cluster.
+    Lab,
+    /// With real VMs, by name.
+    #[cfg(unix)]
+    Real(std::collections::BTreeMap<&'static str, RealHost>),
+}
+
+/// A host with real VMs.
+#[cfg(unix)]
+#[derive(Debug)]
+pub(super) struct RealHost {
+    /// Folder of its VMs' sockets.
+    pub(super) sockets: PathBuf,
+    /// Folder that restores may use.
+    pub(super) images: PathBuf,
+    /// Bytes a second, as text.
+    pub(super) max_read_rate: &'static str,
+}
+
+impl Hosts {
+    /// What a host's agent has to know of its hypervisor.
+    fn settings(&self, host: &str, lab: SocketAddr) -> [(&'static str, Value); 2] {
+        match self {
+            Self::Lab => [("hypervisor", text("lab")), ("lab", table([("address", text(lab))]))],
+            #[cfg(unix)]
+            Self::Real(hosts) => {
+                let of = hosts.get(host).map(|h| {
+                    table([
+                        ("sockets", path(&h.sockets)),
+                        ("images", Value::Array(vec![path(&h.images)])),
+                        ("max_read_rate", text(h.max_read_rate)),
+                    ])
+                });
+                let empty = || Value::Table(Table::new());
+                [("hypervisor", text("qemu")), ("qemu", of.unwrap_or_else(empty))]
+            }
+        }
+    }
+}
+
 /// Makes the fabric and writes a file for every process below `dir`.
-pub(super) fn write(dir: &Path, seed: u64) -> Result<Configs, Failure> {
+pub(super) fn write(dir: &Path, seed: u64, hosts: &Hosts) -> Result<Configs, Failure> {
     let fabric = Fabric::create(&dir.join("fabric"))?;
     let mut ports = Ports::new();
     let mut watch = Vec::new();
@@ -153,6 +196,7 @@ pub(super) fn write(dir: &Path, seed: u64) -> Result<Configs, Failure> {
     for host in HOSTS {
         let name = format!("node-{host}");
         let metrics = ports.next()?;
+        let [hypervisor, settings] = hosts.settings(host, lab_address);
         watch.push((name.clone(), metrics));
         let config = table([
             ("name", text(host)),
@@ -161,9 +205,9 @@ pub(super) fn write(dir: &Path, seed: u64) -> Result<Configs, Failure> {
             ("identity_dir", path(&fabric.issue(Role::Node, host, VALID)?)),
             ("scratch_dir", path(&data(dir, &name)?)),
             ("coordinators", addresses.clone()),
-            ("hypervisor", text("lab")),
             ("observability", text(metrics)),
-            ("lab", table([("address", text(lab_address))])),
+            hypervisor,
+            settings,
         ]);
         node_specs.push(spec(&conf, name, "node", &config)?);
     }

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::processes::Facts;
 use super::stage::Stage;
 use super::steps::{Figures, sum};
+use crate::operator::Operator;
 use crate::output::{self, bytes, ratio};
 use crate::report::Failure;
 
@@ -76,24 +77,30 @@ impl VmRow {
 pub(super) async fn vm_rows(stage: &Stage) -> Result<Vec<VmRow>, Failure> {
     let mut rows = Vec::new();
     for vm in 0..stage.vms.len() {
-        let points = stage.operator.points(&stage.key(vm)).await?;
-        let request = rpc::ListJobsRequest { vm: stage.key(vm), limit: 100, ..Default::default() };
-        let jobs = stage.operator.jobs(request).await?;
-        let job_ms = jobs.iter().map(|j| j.ended_unix_ms.saturating_sub(j.created_unix_ms)).sum();
-        rows.push(VmRow {
-            name: stage.vms[vm].name.clone(),
-            host: stage.lab_vm(vm).await?.host,
-            points: points.len(),
-            total: sum(points.iter().map(|p| p.stats.as_ref())),
-            job_ms,
-        });
+        let (name, host) = (stage.vms[vm].name.clone(), stage.lab_vm(vm).await?.host);
+        rows.push(vm_row(&stage.operator, &stage.key(vm), name, host).await?);
     }
     Ok(rows)
 }
 
+/// The figures of one VM from its recovery points.
+pub(super) async fn vm_row(
+    operator: &Operator,
+    key: &str,
+    name: String,
+    host: String,
+) -> Result<VmRow, Failure> {
+    let points = operator.points(key).await?;
+    let request = rpc::ListJobsRequest { vm: key.to_owned(), limit: 100, ..Default::default() };
+    let jobs = operator.jobs(request).await?;
+    let job_ms = jobs.iter().map(|j| j.ended_unix_ms.saturating_sub(j.created_unix_ms)).sum();
+    let total = sum(points.iter().map(|p| p.stats.as_ref()));
+    Ok(VmRow { name, host, points: points.len(), total, job_ms })
+}
+
 /// What each storage node says that it keeps.
-pub(super) async fn storage_rows(stage: &Stage) -> Result<Vec<(String, u64, u64)>, Failure> {
-    let status = stage.operator.status().await?;
+pub(super) async fn storage_rows(operator: &Operator) -> Result<Vec<(String, u64, u64)>, Failure> {
+    let status = operator.status().await?;
     let row = |n: rpc::StorageNodeStatus| {
         (n.node.map(|n| n.name).unwrap_or_default(), n.stored_bytes, n.chunks)
     };

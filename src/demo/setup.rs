@@ -165,7 +165,7 @@ pub(super) async fn raise(
     plans: Vec<Plan>,
     processes: &mut Option<Processes>,
 ) -> Result<Stage, Failure> {
-    let configs = configs::write(dir, seed)?;
+    let configs = configs::write(dir, seed, &configs::Hosts::Lab)?;
     // From here on the caller stops what was started, however this ends.
     let processes = processes.insert(Processes::new(dir, keep, tell)?);
     processes.start(vec![configs.lab.clone()]).await?;

@@ -312,21 +312,26 @@ impl Stage {
     where
         F: AsyncFn() -> Result<Result<T, String>, Failure>,
     {
-        let deadline = Instant::now() + patience;
-        loop {
-            let now = match ask().await {
-                Ok(Ok(value)) => return Ok(value),
-                Ok(Err(instead)) => instead,
-                Err(failure) => failure.to_string(),
-            };
-            if Instant::now() >= deadline {
-                return Err(Failure::new(format!(
-                    "waited {} s in vain: {what}",
-                    patience.as_secs()
-                ))
+        until(what, patience, ask).await
+    }
+}
+
+/// Asks again until it holds. Coordinators have no event for everything that a story waits for.
+pub(super) async fn until<T, F>(what: &str, patience: Duration, ask: F) -> Result<T, Failure>
+where
+    F: AsyncFn() -> Result<Result<T, String>, Failure>,
+{
+    let deadline = Instant::now() + patience;
+    loop {
+        let now = match ask().await {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(instead)) => instead,
+            Err(failure) => failure.to_string(),
+        };
+        if Instant::now() >= deadline {
+            return Err(Failure::new(format!("waited {} s in vain: {what}", patience.as_secs()))
                 .because(now));
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -87,12 +87,12 @@ pub(super) fn sum<'a>(stats: impl Iterator<Item = Option<&'a rpc::JobStats>>) ->
 }
 
 /// Figures from pairs.
-fn figures<const N: usize>(pairs: [(&str, Value); N]) -> Figures {
+pub(super) fn figures<const N: usize>(pairs: [(&str, Value); N]) -> Figures {
     pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
 }
 
 /// Everything that `JobStats` holds, as figures.
-fn stats_figures(stats: &rpc::JobStats) -> Figures {
+pub(super) fn stats_figures(stats: &rpc::JobStats) -> Figures {
     match crate::cli::view::stats(Some(stats)) {
         Value::Object(map) => map,
         _ => Figures::new(),

@@ -139,6 +139,8 @@ impl RealFabric {
 
     /// Backs a VM up whose guest does not write, and gives the point with the bytes of its checkpoint.
     pub async fn backed_up_at_rest(&mut self, name: &str, kind: BackupKind) -> (rpc::Point, Truth) {
+        // Writes out what a boot left in memory, too.
+        self.cluster.vm(name).expect("it runs").guest.stop().await.expect("it stops");
         let before = self.truth(name).await;
         let point = self.operator.backed_up(name, kind).await;
         let after = self.truth(name).await;

@@ -42,6 +42,18 @@ fn hosts(job: &rpc::Job) -> BTreeSet<&str> {
     job.attempts.iter().map(|a| a.host.as_str()).collect()
 }
 
+/// An incremental sends what the guest wrote, the file system's own books, and not much more.
+fn assert_in_proportion(point: &rpc::Point, written: u64) {
+    let stats = point.stats.expect("figures");
+    println!("{written} bytes written by the guest: {stats:?}");
+    assert!(stats.sent_bytes <= 2 * written + 2 * MIB, "{written} written by the guest: {stats:?}");
+}
+
+/// Frozen file systems, whatever else the guest did for it.
+fn is_quiesced(point: &rpc::Point) -> bool {
+    matches!(point.consistency(), rpc::Consistency::FileSystem | rpc::Consistency::Application)
+}
+
 /// The restored guest has everything that was on disk at `least`, and its disks are sound.
 async fn assert_has_everything(
     fabric: &mut RealFabric,
@@ -71,10 +83,7 @@ async fn full_and_incrementals_of_real_vms_restore_exactly_and_boot() {
         let written = guest.write(2, MIB).await.expect("it writes");
         let (second, truth) = fabric.backed_up_at_rest(vm, BackupKind::Incremental).await;
         assert_eq!(second.kind(), BackupKind::Incremental, "no fall-back: {second:?}");
-        let stats = second.stats.expect("figures");
-        // A record dirties whole clusters of 64 KiB, and so do the file system's own books.
-        let allowed = 4 * written + 4 * MIB;
-        assert!(stats.changed_bytes <= allowed, "{written} bytes written by the guest: {stats:?}");
+        assert_in_proportion(&second, written);
         fabric.assert_restores_exactly(&second, &truth, "beta").await;
         fabric.assert_restores_exactly(&full, &first, "alpha").await;
         let committed = fabric.cluster.vm(vm).expect("it runs").guest.last_committed();
@@ -91,6 +100,7 @@ async fn a_migration_in_a_backup_is_one_job_on_two_hosts() {
     guest.write(1, 16 * MIB).await.expect("it writes");
     guest.write_at(2, MIB / 4).await.expect("it writes");
     let before = guest.commits_beyond(guest.last_committed()).await.expect("it commits");
+    let at_first = guest.total_bytes();
 
     let job = in_the_middle(&fabric, "traveller", BackupKind::Full).await;
     let moved = fabric.cluster.migrate("traveller", "beta").await.expect("it moves");
@@ -112,13 +122,12 @@ async fn a_migration_in_a_backup_is_one_job_on_two_hosts() {
     fabric.cluster.migrate("traveller", "alpha").await.expect("it moves");
     fabric.known("traveller", "alpha").await;
     let guest = &mut fabric.cluster.vm("traveller").expect("it runs").guest;
-    let written = guest.write(3, MIB).await.expect("it writes");
+    guest.write(3, MIB).await.expect("it writes");
     let (next, truth) = fabric.backed_up_at_rest("traveller", BackupKind::Incremental).await;
     assert_eq!(next.kind(), BackupKind::Incremental, "no fall-back: {next:?}");
-    let changed = next.stats.expect("figures").changed_bytes;
-    // Since the point: its guest wrote on while the job ran, at a rate that the test knows.
-    let during = job.ended_unix_ms.saturating_sub(point.taken_unix_ms).div_ceil(1000) * MIB / 4;
-    assert!(changed <= 4 * (written + during) + 8 * MIB, "{changed}, {written} + {during} written");
+    // Its guest wrote on while the first job ran.
+    let total = fabric.cluster.vm("traveller").expect("it runs").guest.total_bytes();
+    assert_in_proportion(&next, total - at_first);
     fabric.assert_restores_exactly(&next, &truth, "beta").await;
     fabric.assert_clean("traveller").await;
 }
@@ -231,7 +240,7 @@ async fn a_guest_is_thawed_though_its_agent_hangs_and_frozen_points_need_no_repl
     let point = fabric.operator.backed_up("frozen", BackupKind::Full).await;
     let guest = &fabric.cluster.vm("frozen").expect("it runs").guest;
     guest.commits_beyond(guest.last_committed()).await.expect("it was thawed");
-    assert_eq!(point.consistency(), rpc::Consistency::FileSystem, "{point:?}");
+    assert!(is_quiesced(&point), "{point:?}");
     let (states, verdict) = fabric.boots(&point, "beta").await;
     // Frozen file systems have written out their journals: nothing to replay, though the guest was writing.
     assert_eq!(states, ["clean", "clean"]);
@@ -249,7 +258,7 @@ async fn a_guest_is_thawed_though_its_agent_hangs_and_frozen_points_need_no_repl
     let point = fabric.operator.backed_up("frozen", BackupKind::Incremental).await;
     let guest = &fabric.cluster.vm("frozen").expect("it runs").guest;
     guest.commits_beyond(guest.last_committed()).await.expect("it is not frozen");
-    assert_eq!(point.consistency(), rpc::Consistency::FileSystem, "it works again: {point:?}");
+    assert!(is_quiesced(&point), "it works again: {point:?}");
     fabric.assert_clean("frozen").await;
 }
 

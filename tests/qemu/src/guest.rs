@@ -235,6 +235,14 @@ impl Guest {
         lines.iter().rev().find_map(said).unwrap_or(0)
     }
 
+    /// Bytes that it said to have written, data and journal, since its disks were made.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        let lines = self.lines();
+        let said = lines.iter().rev().find_map(|line| text(line, "bytes"));
+        said.and_then(|v| v.parse().ok()).unwrap_or(0)
+    }
+
     /// Waits until it has committed more than that.
     ///
     /// # Errors
