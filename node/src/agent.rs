@@ -212,7 +212,7 @@ async fn connect_qemu(
 #[cfg(windows)]
 fn this_host(config: &Config) -> Result<Arc<dyn Hypervisor>, NodeError> {
     let wmi = outrider_wmi::com::ComWmi::start().map_err(NodeError::Hypervisor)?;
-    let files = Arc::new(outrider_wmi::files::PlainFiles);
+    let files = Arc::new(outrider_wmi::files::WindowsFiles::new());
     Ok(Arc::new(HyperV::new(Arc::new(wmi), files, config.jobs.clone())))
 }
 

@@ -16,6 +16,34 @@ pub fn outrider() -> &'static Path {
     })
 }
 
+/// How a program is started: what runs it, if something has to, and the program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program(Vec<PathBuf>);
+
+impl Program {
+    /// The program under test, built for this machine.
+    #[must_use]
+    pub fn native() -> Self {
+        Self(vec![outrider().to_owned()])
+    }
+
+    /// The agent built for Windows: `OUTRIDER_WINDOWS_EXE`, run by `OUTRIDER_WINDOWS_RUNNER` (.ci/windows sets both).
+    #[must_use]
+    pub fn windows() -> Option<Self> {
+        let exe = PathBuf::from(std::env::var_os("OUTRIDER_WINDOWS_EXE")?);
+        let runner = std::env::var_os("OUTRIDER_WINDOWS_RUNNER").map(PathBuf::from);
+        Some(Self(runner.into_iter().chain([exe]).collect()))
+    }
+
+    /// A command that runs it.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.0[0]);
+        command.args(&self.0[1..]);
+        command
+    }
+}
+
 fn build() -> PathBuf {
     let test = std::env::current_exe().expect("a test has a path");
     let profile = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");

@@ -10,6 +10,7 @@ use outrider_process::identity::ca::FabricCa;
 use outrider_process::secret::kek::KeyEncryptionKey;
 use tempfile::TempDir;
 
+use crate::binary::Program;
 use crate::config::Ground;
 use crate::eventually;
 use crate::operator::Operator;
@@ -37,6 +38,8 @@ pub struct Plan {
     pub unmanned: Vec<String>,
     /// How long certificates of machines that joined are valid.
     pub enrolled_for: &'static str,
+    /// Of these, the hosts whose agents are Windows programs ([`Program::windows`]).
+    pub windows_hosts: Vec<String>,
     /// Duration, renewal and cutoff of leases.
     pub lease_ms: [u64; 3],
     /// How long jobs ask storage that does not answer.
@@ -66,6 +69,7 @@ impl Default for Plan {
             hosts: vec!["alpha".to_owned(), "beta".to_owned()],
             unmanned: Vec::new(),
             enrolled_for: "1day",
+            windows_hosts: Vec::new(),
             lease_ms: [1500, 300, 1000],
             storage_patience: "60s",
             barrier_interval: "200ms",
@@ -216,7 +220,12 @@ impl Fabric {
         let mut agents: Vec<Process> = plan
             .hosts
             .iter()
-            .map(|h| Process::start("node", h, core.dir(), &ground.node(h, lab_address)))
+            .map(|h| {
+                let windows = plan.windows_hosts.contains(h);
+                let program = if windows { Program::windows() } else { Some(Program::native()) };
+                let program = program.expect("OUTRIDER_WINDOWS_EXE names it");
+                Process::start_with(program, "node", h, core.dir(), &ground.node(h, lab_address))
+            })
             .collect();
         for process in &mut agents {
             process.ready().await;

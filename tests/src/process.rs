@@ -3,13 +3,13 @@
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use outrider_process::ports::Ready;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::binary::outrider;
+use crate::binary::Program;
 use crate::wait::DEADLINE;
 
 /// Lines of a log that a failed test shows.
@@ -23,14 +23,27 @@ pub struct Process {
     dir: PathBuf,
     child: Option<Child>,
     starts: u32,
+    program: Program,
 }
 
 impl Process {
     /// Starts `outrider ROLE --config DIR/ROLE-NAME.toml`.
     #[must_use]
     pub fn start(role: &'static str, name: &str, dir: &Path, config: &str) -> Self {
-        let mut process =
-            Self { role, name: name.to_owned(), dir: dir.to_owned(), child: None, starts: 0 };
+        Self::start_with(Program::native(), role, name, dir, config)
+    }
+
+    /// The same with another build of the program.
+    #[must_use]
+    pub fn start_with(
+        program: Program,
+        role: &'static str,
+        name: &str,
+        dir: &Path,
+        config: &str,
+    ) -> Self {
+        let (name, dir) = (name.to_owned(), dir.to_owned());
+        let mut process = Self { role, name, dir, child: None, starts: 0, program };
         std::fs::write(process.config_file(), config).expect("the folder is writable");
         process.restart();
         process
@@ -41,7 +54,7 @@ impl Process {
         self.kill();
         self.starts += 1;
         let log = File::options().create(true).append(true).open(self.log()).expect("a log");
-        let mut command = Command::new(outrider());
+        let mut command = self.program.command();
         command.arg(self.role).arg("--config").arg(self.config_file());
         command.arg("--ready-file").arg(self.ready_file());
         // Held open by this test: the process leaves when the test dies in any way.

@@ -9,8 +9,10 @@
 //! | `inventory`, `watch`, `cluster` | what is there, and what changes |
 //! | `facts`, `disks`, `volumes` | what the consistency plan and the prechecks decide on |
 //! | `offline` | saving a VM for a moment |
+//! | `attached` | disks whose files cannot be opened |
 //! | `import` | VMs from restored files |
 
+mod attached;
 mod call;
 mod changes;
 mod cluster;
@@ -29,7 +31,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use outrider_disk::RangeSet;
+use outrider_disk::{DiskError, RangeSet};
 use outrider_proto::ids::VmGuid;
 use outrider_wmi::Wmi;
 use outrider_wmi::files::HostFiles;
@@ -41,6 +43,7 @@ use super::{
 };
 use crate::config::JobTimes;
 use crate::lease::Lease;
+use crate::source::FrozenSource;
 
 /// The Hyper-V of one host.
 #[derive(Clone)]
@@ -68,6 +71,10 @@ impl Hypervisor for HyperV {
 
     fn files(&self) -> Arc<dyn HostFiles> {
         self.files.clone()
+    }
+
+    fn open_disk(&self, path: &Path) -> Result<Box<dyn FrozenSource>, DiskError> {
+        attached::open(&self.files, path)
     }
 
     async fn inventory(&self) -> Result<Inventory, HypervisorError> {

@@ -4,10 +4,19 @@
 //! ([`crate::lab::LabFiles`]), which counts it and can pause it, as a Cluster Shared Volume may pause I/O.
 //! Calls block: use them on threads that may block.
 
+pub(crate) mod aligned;
+#[cfg(windows)]
+mod privilege;
+#[cfg(windows)]
+mod windows;
+
 use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+
+#[cfg(windows)]
+pub use self::windows::WindowsFiles;
 
 /// Opens source files for reading. Sources are never written to.
 pub trait HostFiles: Send + Sync {
@@ -16,6 +25,42 @@ pub trait HostFiles: Send + Sync {
     /// # Errors
     /// [`io::ErrorKind::ResourceBusy`] is a sharing violation: the hypervisor is writing to that very file.
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn HostFile>>;
+
+    /// Opens a virtual disk as a whole, parents included, by the system's own means: for a disk whose files cannot be
+    /// opened. `None` where the system has no such means.
+    ///
+    /// # Errors
+    /// The system's refusal.
+    fn attach(&self, _path: &Path) -> io::Result<Option<Attached>> {
+        Ok(None)
+    }
+}
+
+/// A virtual disk opened by the system: its bytes are those that the guest sees.
+pub struct Attached {
+    /// The guest's bytes. Dropping it detaches the disk.
+    pub bytes: Arc<dyn HostFile>,
+    /// Its facts.
+    pub facts: DiskFacts,
+}
+
+/// What the system tells of a virtual disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskFacts {
+    /// Size that the guest sees, in bytes.
+    pub size: u64,
+    /// Allocation unit, in bytes; 0 of a fixed disk.
+    pub block_size: u32,
+    /// Logical sector size, in bytes.
+    pub logical_sector: u32,
+    /// Physical sector size, in bytes.
+    pub physical_sector: u32,
+    /// VirtualDiskId, as its 16 bytes lie in memory (mixed endian).
+    pub disk_id: [u8; 16],
+    /// Whether all blocks have their place from the start.
+    pub fixed: bool,
+    /// Whether it is VHDX; VHD otherwise.
+    pub vhdx: bool,
 }
 
 /// One open source file. Dropping it closes it at once: the hypervisor cannot merge what is held open.

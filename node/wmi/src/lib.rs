@@ -12,6 +12,7 @@ pub mod embedded;
 pub mod files;
 pub mod lab;
 mod object;
+pub mod virtdisk;
 
 pub use object::{Object, Value};
 

@@ -28,6 +28,7 @@ mod faults;
 mod gate;
 mod guest;
 mod host;
+mod host_path;
 mod import;
 mod jobs;
 mod merge;

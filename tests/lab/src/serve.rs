@@ -18,6 +18,7 @@ use crate::cluster::Cluster;
 use crate::config::LabConfig;
 use crate::control::FaultKind;
 use crate::error::LabError;
+use crate::host_path::host_path;
 use crate::methods::{self, Args, Call};
 use crate::model::Notice;
 use crate::steer;
@@ -287,7 +288,7 @@ impl Session {
             Ask::OpenFile { path } => {
                 let not_found =
                     |_| Refusal::NotFound { namespace: "lab".into(), path: path.clone() };
-                let real = tokio::fs::canonicalize(&path).await.map_err(not_found)?;
+                let real = tokio::fs::canonicalize(host_path(&path)).await.map_err(not_found)?;
                 let id = self.cluster.change(|s| s.open_file(host, &real))?;
                 let before = self.file_slot().replace(id);
                 if let Some(before) = before {

@@ -1,11 +1,10 @@
 //! Named arguments, and the VM that a call is about.
 
-use std::path::Path;
-
 use outrider_wmi::{Object, Value, embedded};
 use uuid::Uuid;
 
 use super::{Call, invalid};
+use crate::host_path::host_path;
 use crate::model::{Checkpoint, State, Vm};
 use crate::wql::ObjectPath;
 use outrider_wmi::lab::wire::Refusal;
@@ -135,7 +134,8 @@ pub(crate) fn vm_of(state: &State, call: &Call) -> Option<Uuid> {
                 return Some(vm.id);
             }
         }
-        let by_file = Path::new(text).is_absolute().then(|| state.vm_of_file(Path::new(text)));
+        let file = host_path(text);
+        let by_file = file.is_absolute().then(|| state.vm_of_file(&file));
         by_file.flatten().map(|vm| vm.id)
     })
 }

@@ -1,6 +1,6 @@
 //! Disk files: facts and changes.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use outrider_disk::{DiskChain, DiskKind, RangeSet, ReadDisk};
@@ -12,6 +12,7 @@ use super::{Call, FILE_NOT_FOUND, IN_USE, INVALID, Outcome, invalid};
 use crate::cluster::Cluster;
 use crate::control::FaultKind;
 use crate::disks::locked;
+use crate::host_path::host_path;
 use crate::jobs::JobError;
 use crate::model::guid;
 
@@ -36,7 +37,7 @@ struct Frozen {
 }
 
 async fn changes(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
-    let path = PathBuf::from(call.args.str("Path"));
+    let path = host_path(call.args.str("Path"));
     let (Some(offset), Some(length)) = (call.args.u64("ByteOffset"), call.args.u64("ByteLength"))
     else {
         return Ok(Outcome::code(INVALID));
@@ -115,7 +116,7 @@ fn answer(changed: &RangeSet, offset: u64, length: u64) -> Outcome {
 }
 
 async fn settings(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
-    let path = PathBuf::from(call.args.str("Path"));
+    let path = host_path(call.args.str("Path"));
     if !path.exists() {
         return Ok(Outcome::code(FILE_NOT_FOUND));
     }

@@ -11,6 +11,7 @@ use super::{Call, INVALID, Outcome};
 use crate::classes;
 use crate::cluster::Cluster;
 use crate::host;
+use crate::host_path::host_path;
 use crate::import;
 use crate::jobs::JobError;
 use crate::model::{Busy, CREATED, Disk, Power, Vm, guid};
@@ -39,7 +40,7 @@ fn define(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
         let id = s.new_guid();
         let name = settings.str("ElementName").unwrap_or("New Virtual Machine");
         let root = match settings.str("ConfigurationDataRoot") {
-            Some(root) => PathBuf::from(root),
+            Some(root) => host_path(root),
             None => s.csvs.first().map(|c| c.path.join(guid(id))).unwrap_or_default(),
         };
         let mut vm = Vm::new(id, name, &call.host, root);
@@ -84,11 +85,11 @@ fn summaries(cluster: &Cluster, call: &Call) -> Outcome {
 }
 
 fn host_resource(settings: &Object) -> Option<PathBuf> {
-    settings.array("HostResource").first().and_then(Value::as_str).map(PathBuf::from)
+    settings.array("HostResource").first().and_then(Value::as_str).map(host_path)
 }
 
 fn import_definition(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
-    let file = PathBuf::from(call.args.str("SystemDefinitionFile"));
+    let file = host_path(call.args.str("SystemDefinitionFile"));
     let new_id = call.args.bool("GenerateNewSystemIdentifier");
     let job = cluster.change(|s| s.begin_job(&call.host, None, &call.method, 61, None));
     let host = call.host.clone();
@@ -184,7 +185,7 @@ fn modify_settings(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refus
     };
     Ok(Outcome::job(cluster.run_job(job, move |cluster| {
         let name = settings.str("ElementName").map(str::to_owned);
-        let root = settings.str("ConfigurationDataRoot").map(PathBuf::from);
+        let root = settings.str("ConfigurationDataRoot").map(host_path);
         cluster.change(|s| {
             if let Some(planned) = s.planned.get_mut(&id) {
                 planned.name = name.unwrap_or_else(|| planned.name.clone());
