@@ -20,6 +20,7 @@ mod carry;
 mod checkpoint;
 mod commit;
 mod error;
+mod exclude;
 mod handover;
 mod leftovers;
 

@@ -179,6 +179,7 @@ fn journal() -> (JournalClear, JournalEntry) {
             to_read: vec![(0, 65536), (1 << 20, 4096)],
             incremental: true,
         }],
+        excluded: vec![],
     });
     (clear, entry)
 }
@@ -275,6 +276,26 @@ fn sections_of_a_later_release_are_skipped_and_a_tree_that_does_not_fit_is_refus
     odd.tree.layers[0].clear();
     let tree = postcard::to_stdvec(&odd.tree).expect("encodes");
     Manifest::open(&sealer, &seal(&odd, &[(2, tree)])).expect_err("a layer too many");
+}
+
+#[test]
+fn golden_journals_with_excluded_ranges_open_to_the_same_bytes_for_ever() {
+    let sealer = sealer();
+    let (clear, mut entry) = journal();
+    if let JournalEntry::Start(start) = &mut entry {
+        start.excluded = vec![vec![(4096, 1 << 20), (3 << 20, 512)]];
+    }
+    let sealed = entry.seal(&sealer, &clear).expect("seals");
+    let body = sealer.open(&sealed).expect("opens");
+    assert_eq!(JournalEntry::open(&sealer, &sealed).expect("opens"), (clear, entry.clone()));
+    compare("journal-v2.txt", &[("journal-excluded".to_owned(), body)]);
+
+    // One list a disk, no more and no less.
+    if let JournalEntry::Start(start) = &mut entry {
+        start.excluded.push(vec![]);
+    }
+    let odd = entry.seal(&sealer, &clear).expect("seals");
+    JournalEntry::open(&sealer, &odd).expect_err("two lists for one disk");
 }
 
 #[test]

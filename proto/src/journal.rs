@@ -12,8 +12,11 @@ use crate::record::{Kind, Record};
 use crate::seal::{SealError, Sealer};
 use crate::wire::{DecodeError, Put, Reader};
 
-/// Version of the sealed body.
+/// Version of the sealed body that is written when nothing was left out of the disks.
 pub const JOURNAL_VERSION: u16 = 1;
+/// Version of a [`JournalStart`] with [`JournalStart::excluded`] behind it. A release that does not know it takes the journal
+/// for not begun and starts over, as it must.
+const VERSION_WITH_EXCLUDED: u16 = 2;
 
 /// One entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +59,10 @@ pub struct JournalStart {
     pub parent: Option<(PointId, ChunkId)>,
     /// The disks with their change lists, computed once per checkpoint.
     pub disks: Vec<JournalDisk>,
+    /// Ranges that the policy leaves out of each disk, as (offset, length): they read as zeros. Empty: nothing of any disk
+    /// (version 1), else one list a disk.
+    #[serde(skip)]
+    pub excluded: Vec<Vec<(u64, u64)>>,
 }
 
 /// A disk of the job.
@@ -146,10 +153,17 @@ impl JournalEntry {
     /// [`JournalError`].
     pub fn seal(&self, sealer: &Sealer, clear: &JournalClear) -> Result<Record, JournalError> {
         let clear = clear.encode();
+        let failed = |e: postcard::Error| JournalError::Body(e.to_string());
+        let excluded = match self {
+            Self::Start(start) if !start.excluded.is_empty() => Some(&start.excluded),
+            _ => None,
+        };
         let mut body = Vec::new();
-        body.put_u16(JOURNAL_VERSION);
-        let body =
-            postcard::to_extend(self, body).map_err(|e| JournalError::Body(e.to_string()))?;
+        body.put_u16(if excluded.is_some() { VERSION_WITH_EXCLUDED } else { JOURNAL_VERSION });
+        let mut body = postcard::to_extend(self, body).map_err(failed)?;
+        if let Some(excluded) = excluded {
+            body = postcard::to_extend(excluded, body).map_err(failed)?;
+        }
         let id = sealer.id_of(Kind::Journal, &clear, &body);
         sealer.seal(Kind::Journal, id, &clear, &body).map_err(JournalError::Seal)
     }
@@ -162,13 +176,25 @@ impl JournalEntry {
         let clear = JournalClear::decode(record.clear()).map_err(JournalError::Clear)?;
         let plain = sealer.open(record).map_err(JournalError::Seal)?;
         let mut r = Reader::new("journal body", &plain);
-        match r.u16() {
-            Ok(JOURNAL_VERSION) => {}
-            Ok(v) => return Err(JournalError::Body(format!("version {v}"))),
-            Err(e) => return Err(JournalError::Body(e.to_string())),
+        let version = r.u16().map_err(|e| JournalError::Body(e.to_string()))?;
+        if !(JOURNAL_VERSION..=VERSION_WITH_EXCLUDED).contains(&version) {
+            return Err(JournalError::Body(format!("version {version}")));
         }
-        let entry =
-            postcard::from_bytes(r.rest()).map_err(|e| JournalError::Body(e.to_string()))?;
+        let failed = |e: postcard::Error| JournalError::Body(e.to_string());
+        let (mut entry, rest): (Self, &[u8]) =
+            postcard::take_from_bytes(r.rest()).map_err(failed)?;
+        match &mut entry {
+            Self::Start(start) if version == VERSION_WITH_EXCLUDED => {
+                start.excluded = postcard::from_bytes(rest).map_err(failed)?;
+                if start.excluded.len() != start.disks.len() {
+                    return Err(JournalError::Body("excluded ranges of other disks".into()));
+                }
+            }
+            _ if !rest.is_empty() || version != JOURNAL_VERSION => {
+                return Err(JournalError::Body("trailing bytes".into()));
+            }
+            _ => {}
+        }
         Ok((clear, entry))
     }
 }

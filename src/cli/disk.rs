@@ -2,10 +2,12 @@
 
 mod create;
 mod export;
+mod guest;
 mod info;
 mod map;
 mod opened;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Subcommand;
@@ -28,6 +30,27 @@ pub(crate) enum Command {
     Export(export::Args),
     /// Make a new disk
     Create(create::Args),
+    /// The volumes of a disk, or the files of one: NTFS, FAT, ext2/3/4 on MBR, GPT or the bare disk
+    Ls {
+        /// The disk: VHDX, VHD, or a raw image named .raw or .img
+        file: PathBuf,
+        /// A directory or file on the volume
+        path: Option<OsString>,
+        #[command(flatten)]
+        which: guest::Which,
+    },
+    /// The content of a file on a disk, to standard output
+    Cat {
+        /// The disk: VHDX, VHD, or a raw image named .raw or .img
+        file: PathBuf,
+        /// The file on the volume
+        path: OsString,
+        #[command(flatten)]
+        which: guest::Which,
+        /// A new file to write to instead
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
 }
 
 pub(super) async fn run(command: Command, json: bool) -> Done {
@@ -36,5 +59,7 @@ pub(super) async fn run(command: Command, json: bool) -> Done {
         Command::Map { file } => map::run(&file, json),
         Command::Export(args) => export::run(args, json).await,
         Command::Create(args) => create::run(&args, json),
+        Command::Ls { file, path, which } => guest::ls(&file, path.as_deref(), &which, json),
+        Command::Cat { file, path, which, out } => guest::cat(&file, &path, &which, out, json),
     }
 }

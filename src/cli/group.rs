@@ -69,6 +69,9 @@ pub(super) struct PolicyArgs {
     /// Read everything each time instead of asking the hypervisor what changed
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     no_change_tracking: Option<bool>,
+    /// Leave out page and swap files where they are certain: they are restored as zeros
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    skip_page_files: Option<bool>,
 }
 
 /// Consistency levels that can be asked for.
@@ -110,6 +113,7 @@ impl PolicyArgs {
         set(&mut policy.truncate_logs, self.truncate_logs);
         set(&mut policy.require_all_disks, self.require_all_disks);
         set(&mut policy.no_change_tracking, self.no_change_tracking);
+        set(&mut policy.skip_page_files, self.skip_page_files);
     }
 }
 

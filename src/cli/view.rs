@@ -48,6 +48,7 @@ pub(crate) fn stats(stats: Option<&rpc::JobStats>) -> Value {
         "sent_bytes": s.sent_bytes, "resent_bytes": s.resent_bytes, "stored_bytes": s.stored_bytes,
         "reused_pages": s.reused_pages, "adopted_pages": s.adopted_pages, "chunks_new": s.chunks_new,
         "chunks_known": s.chunks_known, "sampled_chunks": s.sampled_chunks, "duration_ms": s.duration_ms,
+        "excluded_bytes": s.excluded_bytes,
     })
 }
 
@@ -122,7 +123,7 @@ pub(crate) fn group(g: &rpc::Group) -> Value {
             "every_ms": p.every_ms, "wanted": consistency(p.wanted()), "minimum": consistency(p.minimum()),
             "chunk_size": p.chunk_size, "require_all_disks": p.require_all_disks,
             "allow_offline": p.allow_offline, "no_quiesce": p.no_quiesce, "truncate_logs": p.truncate_logs,
-            "no_change_tracking": p.no_change_tracking,
+            "no_change_tracking": p.no_change_tracking, "skip_page_files": p.skip_page_files,
         })
     });
     json!({

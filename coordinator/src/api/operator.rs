@@ -433,6 +433,7 @@ fn policy(p: rpc::Policy) -> Result<Policy, Status> {
         no_quiesce: p.no_quiesce,
         truncate_logs: p.truncate_logs,
         no_change_tracking: p.no_change_tracking,
+        skip_page_files: p.skip_page_files,
     };
     let needs_guest = matches!(policy.minimum, Consistency::Application | Consistency::FileSystem);
     if policy.no_quiesce && needs_guest {

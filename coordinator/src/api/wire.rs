@@ -153,4 +153,5 @@ stats!(
     stored_bytes,
     duration_ms,
     sampled_chunks,
+    excluded_bytes,
 );

@@ -90,6 +90,7 @@ fn work(work: &Work, policy: &Policy) -> WireWork {
             no_quiesce: policy.no_quiesce,
             truncate_logs: policy.truncate_logs,
             no_change_tracking: policy.no_change_tracking,
+            skip_page_files: policy.skip_page_files,
         }),
         Work::Restore(r) => WireWork::Restore(rpc::RestoreWork {
             point_id: r.point.to_string(),

@@ -47,4 +47,6 @@ pub(crate) struct Stats {
     pub(crate) stored_bytes: u64,
     pub(crate) duration_ms: u64,
     pub(crate) sampled_chunks: u64,
+    #[serde(default)]
+    pub(crate) excluded_bytes: u64,
 }

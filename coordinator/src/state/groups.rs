@@ -48,6 +48,9 @@ pub(crate) struct Policy {
     /// Everything is read each time.
     #[serde(default)]
     pub(crate) no_change_tracking: bool,
+    /// Page and swap files are left out.
+    #[serde(default)]
+    pub(crate) skip_page_files: bool,
 }
 
 impl Default for Policy {
@@ -63,6 +66,7 @@ impl Default for Policy {
             no_quiesce: false,
             truncate_logs: false,
             no_change_tracking: false,
+            skip_page_files: false,
         }
     }
 }

@@ -27,6 +27,8 @@ pub enum BaseDecision {
         tracking_id: String,
         /// The parent's tree of this disk.
         parent_root: ChunkId,
+        /// What the parent left out of it, as (offset, length).
+        parent_excluded: Vec<(u64, u64)>,
     },
     /// Read all that is allocated.
     Everything {
@@ -166,9 +168,11 @@ fn decide(
         return everything("it is not a disk of the bound recovery point");
     };
     match tree.layers.as_slice() {
-        [layer] if tree.size == disk.size && tree.excluded.is_empty() => {
-            BaseDecision::Changes { tracking_id: bound.rct_id.clone(), parent_root: layer.root }
-        }
+        [layer] if tree.size == disk.size => BaseDecision::Changes {
+            tracking_id: bound.rct_id.clone(),
+            parent_root: layer.root,
+            parent_excluded: tree.excluded.clone(),
+        },
         _ => everything("the bound recovery point does not hold it as one whole tree"),
     }
 }
@@ -274,8 +278,23 @@ mod tests {
         assert_eq!(plan.kind, BackupKind::Incremental);
         assert_eq!(
             plan.disks,
-            [BaseDecision::Changes { tracking_id: "rct1".into(), parent_root: ChunkId([7; 32]) }]
+            [BaseDecision::Changes {
+                tracking_id: "rct1".into(),
+                parent_root: ChunkId([7; 32]),
+                parent_excluded: vec![],
+            }]
         );
+    }
+
+    #[test]
+    fn a_base_that_left_page_files_out_is_used_with_what_it_left_out() {
+        let mut world = world();
+        let left_out = vec![(4096, 1 << 20)];
+        world.parent.as_mut().expect("there is one").disks[0].excluded = left_out.clone();
+        let BaseDecision::Changes { parent_excluded, .. } = &world.plan().disks[0] else {
+            panic!("it is an incremental");
+        };
+        assert_eq!(*parent_excluded, left_out);
     }
 
     #[test]

@@ -16,11 +16,14 @@ use outrider_proto::rpc::{self, BackupKind};
 
 use super::backup::{Open, Origin};
 use super::base::{BaseDecision, DiskFacts, Known, plan_base};
+use super::exclude::{self, Exclusion};
 use super::{JobContext, JobError, carry};
 use crate::consistency;
 use crate::hypervisor::{FrozenDisk, HypervisorError};
 use crate::journal::{Journal, JournalWriter};
-use crate::pipeline::{DiskJob, DiskPlan, ParentTree, Pipeline, SharedJournal, Stats, sample};
+use crate::pipeline::{
+    DiskJob, DiskPlan, ParentTree, Pipeline, SharedJournal, Stats, plan, sample,
+};
 use crate::source::SourceDisk;
 
 /// Longest configuration file that is kept.
@@ -116,6 +119,7 @@ pub(super) async fn run(
         Some((_, manifest)) => Some(fetch_manifest(context, *manifest).await?),
         None => None,
     };
+    Stats::set(&stats.excluded_bytes, start.excluded.iter().flatten().map(|(_, len)| len).sum());
     let jobs = disk_jobs(&start, &disks, parent.as_ref())?;
     let pipeline = Pipeline::new(
         context.store.clone(),
@@ -257,19 +261,31 @@ async fn begin(
     let plan = plan_base(known, &facts);
     let mut reasons = vec![how.way.reason.clone()];
     reasons.extend(plan.reasons.iter().cloned());
+    let exclusion = exclusion(context, work, open, how, disks).await?;
+    reasons.extend(exclusion.reasons.iter().cloned());
     let mut kind = plan.kind;
     let mut out = Vec::with_capacity(disks.len());
-    for (disk, decision) in disks.iter().zip(&plan.disks) {
-        out.push(list_of(context, message.chunk_size, disk, decision, &mut reasons).await?);
+    for ((disk, decision), excluded) in disks.iter().zip(&plan.disks).zip(&exclusion.ranges) {
+        let list =
+            list_of(context, message.chunk_size, disk, decision, excluded, &mut reasons).await?;
+        out.push(list);
     }
-    if let Some(mismatch) =
-        sample_unchanged(context, message.chunk_size, disks, &out, parent.as_ref(), stats).await?
+    if let Some(mismatch) = sample_unchanged(
+        context,
+        message.chunk_size,
+        disks,
+        &out,
+        &exclusion,
+        parent.as_ref(),
+        stats,
+    )
+    .await?
     {
         warnings.push(mismatch.clone());
         reasons.push(mismatch);
         kind = BackupKind::ConsistencyCheck;
-        for (disk, journal) in disks.iter().zip(&mut out) {
-            *journal = everything(context, disk).await?;
+        for ((disk, journal), excluded) in disks.iter().zip(&mut out).zip(&exclusion.ranges) {
+            *journal = everything(context, disk, excluded).await?;
         }
     }
     let any_incremental = out.iter().any(|d| d.incremental);
@@ -285,7 +301,30 @@ async fn begin(
         reasons,
         parent: binding.filter(|_| any_incremental).map(|b| (b.point, b.manifest)),
         disks: out,
+        excluded: exclusion.journalled(),
     })
+}
+
+/// What the policy leaves out of the disks.
+async fn exclusion(
+    context: &JobContext,
+    work: &rpc::BackupWork,
+    open: &Open,
+    how: &super::checkpoint::How,
+    disks: &[SourceFacts],
+) -> Result<Exclusion, JobError> {
+    if !work.skip_page_files {
+        return Ok(Exclusion::nothing(disks.len()));
+    }
+    context.phase("looking for page files");
+    let carries_memory = match context.hypervisor.machine(&open.checkpoint).await {
+        Ok(machine) => machine.saved_state,
+        Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
+        // Said where the machine is asked for again; what cannot be told is taken for the worse.
+        Err(_) => true,
+    };
+    let sources = disks.iter().map(|d| (d.facts.slot.clone(), d.disk.clone() as Arc<dyn ReadDisk>));
+    exclude::find(context, how.way.gives, carries_memory, sources.collect()).await
 }
 
 /// The ranges of one disk that have to be read.
@@ -294,14 +333,17 @@ async fn list_of(
     chunk_size: u32,
     disk: &SourceFacts,
     decision: &BaseDecision,
+    excluded: &RangeSet,
     reasons: &mut Vec<String>,
 ) -> Result<JournalDisk, JobError> {
-    let BaseDecision::Changes { tracking_id, .. } = decision else {
-        return everything(context, disk).await;
+    let BaseDecision::Changes { tracking_id, parent_excluded, .. } = decision else {
+        return everything(context, disk, excluded).await;
     };
     match context.hypervisor.changes(&disk.path, disk.facts.size, tracking_id).await {
         Ok(changed) => {
-            let changed = changed.align_out(chunk_size.into(), disk.facts.size);
+            let before = ranges(parent_excluded);
+            let changed = plan::to_look_at(&changed, &before, excluded)
+                .align_out(chunk_size.into(), disk.facts.size);
             Ok(JournalDisk {
                 disk_id: disk.facts.disk,
                 size: disk.facts.size,
@@ -314,13 +356,17 @@ async fn list_of(
         Err(e) => {
             tracing::warn!(slot = disk.facts.slot, error = %e, "the disk is read in full");
             reasons.push(format!("disk {} is read in full: {e}", disk.facts.slot));
-            everything(context, disk).await
+            everything(context, disk, excluded).await
         }
     }
 }
 
-async fn everything(context: &JobContext, disk: &SourceFacts) -> Result<JournalDisk, JobError> {
-    let source = disk.disk.clone();
+async fn everything(
+    context: &JobContext,
+    disk: &SourceFacts,
+    excluded: &RangeSet,
+) -> Result<JournalDisk, JobError> {
+    let source = exclude::masked(disk.disk.clone(), &pairs(excluded));
     let allocated = context.pool.run(move || source.allocated()).await??;
     Ok(JournalDisk {
         disk_id: disk.facts.disk,
@@ -344,16 +390,18 @@ async fn sample_unchanged(
     chunk_size: u32,
     disks: &[SourceFacts],
     lists: &[JournalDisk],
+    exclusion: &Exclusion,
     parent: Option<&Manifest>,
     stats: &Arc<Stats>,
 ) -> Result<Option<String>, JobError> {
     let Some(parent) = parent else { return Ok(None) };
-    for (disk, list) in disks.iter().zip(lists) {
+    for ((disk, list), excluded) in disks.iter().zip(lists).zip(&exclusion.ranges) {
         if !list.incremental {
             continue;
         }
         let Some(root) = parent_root(parent, list.disk_id) else { continue };
-        let source: Arc<dyn ReadDisk> = disk.disk.clone();
+        // What the parent left out is as zeros in its tree; where that differs from now, it is read anyway.
+        let source = exclude::masked(disk.disk.clone(), &pairs(excluded));
         let plan = DiskPlan::incremental(list.size, chunk_size, &ranges(&list.to_read), root);
         let allocated = {
             let source = source.clone();
@@ -390,7 +438,7 @@ fn disk_jobs(
     parent: Option<&Manifest>,
 ) -> Result<Vec<DiskJob>, JobError> {
     let mut jobs = Vec::with_capacity(disks.len());
-    for (list, disk) in start.disks.iter().zip(disks) {
+    for (i, (list, disk)) in start.disks.iter().zip(disks).enumerate() {
         let to_read = ranges(&list.to_read);
         let plan = if list.incremental {
             let root = parent.and_then(|p| parent_root(p, list.disk_id)).ok_or_else(|| {
@@ -403,7 +451,8 @@ fn disk_jobs(
         } else {
             DiskPlan::full(list.size, start.chunk_size, &to_read)
         };
-        jobs.push(DiskJob { source: disk.disk.clone(), plan });
+        let excluded = start.excluded.get(i).map_or(&[][..], Vec::as_slice);
+        jobs.push(DiskJob { source: exclude::masked(disk.disk.clone(), excluded), plan });
     }
     Ok(jobs)
 }

@@ -122,19 +122,21 @@ fn manifest(
     point: PointId,
     roots: &[TreeRoot],
 ) -> Manifest {
-    let disks = captured.disks.iter().zip(roots).map(|(disk, root)| DiskManifest {
-        disk_id: disk.facts.disk,
-        slot: disk.facts.slot.clone(),
-        file_name: disk.file_name.clone(),
-        size: disk.facts.size,
-        logical_sector: disk.logical_sector,
-        physical_sector: disk.physical_sector,
-        block_size: disk.block_size,
-        fixed: disk.fixed,
-        layers: vec![Layer { root_level: root.level, root: root.id }],
-        excluded: Vec::new(),
-        format: disk.format,
-    });
+    let excluded = |i: usize| captured.start.excluded.get(i).cloned().unwrap_or_default();
+    let disks =
+        captured.disks.iter().zip(roots).enumerate().map(|(i, (disk, root))| DiskManifest {
+            disk_id: disk.facts.disk,
+            slot: disk.facts.slot.clone(),
+            file_name: disk.file_name.clone(),
+            size: disk.facts.size,
+            logical_sector: disk.logical_sector,
+            physical_sector: disk.physical_sector,
+            block_size: disk.block_size,
+            fixed: disk.fixed,
+            layers: vec![Layer { root_level: root.level, root: root.id }],
+            excluded: excluded(i),
+            format: disk.format,
+        });
     Manifest {
         point,
         job: context.lease.job(),

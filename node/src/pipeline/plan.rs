@@ -128,6 +128,18 @@ impl DiskPlan {
     }
 }
 
+/// What an incremental has to look at, when `changed` is what tracking says, `before` was left out of the parent and `now`
+/// is left out of this point. Outside of it the parent's chunks are this point's:
+///
+/// * changes where both points have zeros do not matter;
+/// * where only one of them has zeros, its bytes and the other's differ whatever tracking says.
+#[must_use]
+pub fn to_look_at(changed: &RangeSet, before: &RangeSet, now: &RangeSet) -> RangeSet {
+    let both = before.intersect(now);
+    let either = before.union(now).subtract(&both);
+    changed.subtract(&both).union(&either)
+}
+
 /// Consecutive runs of `true`, cut into pieces of at most `longest`: (first, length).
 #[must_use]
 pub fn runs(wanted: &[bool], longest: usize) -> Vec<(usize, usize)> {
@@ -143,6 +155,9 @@ pub fn runs(wanted: &[bool], longest: usize) -> Vec<(usize, usize)> {
 
 #[cfg(test)]
 mod tests {
+    use outrider_disk::ByteRange;
+    use proptest::prelude::*;
+
     use super::*;
 
     const CHUNK: u32 = 64 << 10;
@@ -174,5 +189,51 @@ mod tests {
     fn runs_are_cut_at_the_longest_read() {
         assert_eq!(runs(&[true, true, true, false, true], 2), [(0, 2), (2, 1), (4, 1)]);
         assert_eq!(runs(&[false], 2), []);
+    }
+
+    /// A disk of 64 bytes and chunks of 4.
+    const SIZE: u64 = 64;
+    const FOUR: u64 = 4;
+
+    fn some() -> impl Strategy<Value = RangeSet> {
+        prop::collection::vec((0..SIZE, 0..12_u64), 0..5).prop_map(|ranges| {
+            let mut set: RangeSet =
+                ranges.into_iter().map(|(start, len)| ByteRange::new(start, len)).collect();
+            set.clamp(SIZE);
+            set
+        })
+    }
+
+    fn without(bytes: &[u8], excluded: &RangeSet) -> Vec<u8> {
+        (0..SIZE).map(|at| if excluded.contains(at) { 0 } else { bytes[at as usize] }).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_not_read_is_the_same_in_both_points(
+            first in prop::collection::vec(1_u8..5, SIZE as usize),
+            second in prop::collection::vec(1_u8..5, SIZE as usize),
+            over_reported in some(), before in some(), now in some(),
+        ) {
+            let differs = |at: &u64| first[*at as usize] != second[*at as usize];
+            let real: RangeSet = (0..SIZE).filter(differs).map(|at| ByteRange::new(at, 1)).collect();
+            let changed = real.union(&over_reported);
+            let read = to_look_at(&changed, &before, &now).align_out(FOUR, SIZE);
+            let (parent, point) = (without(&first, &before), without(&second, &now));
+            let mut incremental = parent;
+            for range in &read {
+                let (from, to) = (range.start as usize, range.end() as usize);
+                incremental[from..to].copy_from_slice(&point[from..to]);
+            }
+            prop_assert_eq!(incremental, point);
+            // And nothing for the sake of what both points leave out.
+            let both = before.intersect(&now);
+            for range in &read {
+                for chunk in range.start / FOUR..range.end().div_ceil(FOUR) {
+                    let bytes = RangeSet::single(chunk * FOUR, FOUR);
+                    prop_assert!(!bytes.subtract(&both).is_empty(), "chunk {} is zeros in both", chunk);
+                }
+            }
+        }
     }
 }

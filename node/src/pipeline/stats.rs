@@ -61,6 +61,8 @@ stats! {
     duration_ms,
     /// Chunks re-read although tracking called them unchanged.
     sampled_chunks,
+    /// Bytes left out by policy.
+    excluded_bytes,
 }
 
 impl Stats {

@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use outrider_disk::{DiskFormat, DiskInfo, DiskKind, RangeSet};
+use outrider_disk::{DiskFormat, DiskInfo, DiskKind, MaskedDisk, RangeSet};
 use outrider_process::clock::{Clock, SystemClock};
 use outrider_proto::ids::{CheckpointId, JobId, LeaseEpoch};
 use outrider_proto::journal::{JournalEntry, JournalStart};
@@ -81,6 +81,10 @@ fn bounds() -> Bounds {
 }
 
 fn pipeline(store: &MemoryStore, disk: &Arc<MemoryDisk>, plan: DiskPlan) -> Pipeline {
+    over(store, disk.clone(), plan)
+}
+
+fn over(store: &MemoryStore, source: Arc<dyn ReadDisk>, plan: DiskPlan) -> Pipeline {
     Pipeline::new(
         Arc::new(store.clone()),
         sealer(),
@@ -89,7 +93,7 @@ fn pipeline(store: &MemoryStore, disk: &Arc<MemoryDisk>, plan: DiskPlan) -> Pipe
         Arc::new(Stats::default()),
         bounds(),
         CHUNK,
-        vec![DiskJob { source: disk.clone(), plan }],
+        vec![DiskJob { source, plan }],
     )
 }
 
@@ -189,6 +193,48 @@ proptest! {
     }
 
     #[test]
+    fn points_that_leave_different_ranges_out_are_exact_outside_of_them_and_zeros_within(
+        sectors in 1u64..70_000,
+        first in writes(),
+        rounds in prop::collection::vec((writes(), writes()), 1..4),
+    ) {
+        runtime().block_on(async {
+            let size = sectors * SECTOR;
+            let mut bytes = vec![0; usize::try_from(size).expect("small")];
+            apply(&mut bytes, &first);
+            let store = MemoryStore::new();
+            let mut root = full(&store, &bytes).await;
+            let mut before = RangeSet::new();
+            for (writes, left_out) in rounds {
+                let changed = apply(&mut bytes, &writes);
+                // The ranges of some writes, whatever they would have written.
+                let now = apply(&mut bytes.clone(), &left_out);
+                let mut expected = bytes.clone();
+                for range in &now {
+                    expected[range.start as usize..range.end() as usize].fill(0);
+                }
+                let disk: Arc<dyn ReadDisk> =
+                    Arc::new(MaskedDisk::new(MemoryDisk::new(bytes.clone()), now.clone()));
+                let look = plan::to_look_at(&changed, &before, &now);
+                let plan = DiskPlan::incremental(size, CHUNK, &look, root.id);
+                let mut tree =
+                    ParentTree::new(Arc::new(store.clone()), sealer(), root.id, plan.root_level());
+                let allocated = RangeSet::single(0, size);
+                let sampled =
+                    sample::compare(&disk, &plan, &allocated, &mut tree, &sealer(), &Pool::new(1, 1 << 20))
+                        .await
+                        .expect("compares");
+                prop_assert_eq!(sampled.mismatch, None, "tracking is right, whatever is left out");
+                let p = over(&store, disk, plan);
+                root = p.capture().await.expect("captures")[0];
+                prop_assert_eq!(root, full(&MemoryStore::new(), &expected).await);
+                before = now;
+            }
+            Ok(())
+        })?;
+    }
+
+    #[test]
     fn whatever_storage_loses_is_sent_again(
         sectors in 1u64..70_000,
         first in writes(),
@@ -249,6 +295,7 @@ async fn an_adopted_leaf_is_neither_read_nor_sent_again() {
         reasons: vec![],
         parent: None,
         disks: vec![],
+        excluded: vec![],
     });
     let first = writer(&Journal::default(), 1);
     first.lock().await.append(&start).await.expect("journals");

@@ -107,6 +107,7 @@ fn policy(policy: &Policy) -> rpc::Policy {
         no_quiesce: policy.no_quiesce,
         truncate_logs: policy.truncate_logs,
         no_change_tracking: policy.no_change_tracking,
+        skip_page_files: policy.skip_page_files,
     }
 }
 
