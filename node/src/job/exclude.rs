@@ -19,6 +19,8 @@ use crate::lease::Lease;
 /// What looking into one guest disk may cost: a root directory, a file's runs, `/etc/fstab`. Whatever needs more is not
 /// looked into, and nothing of it is left out.
 const LIMITS: Limits = Limits { bytes: 64 << 20, time: Some(Duration::from_secs(15)) };
+/// Sentences about one disk that are kept with the point.
+const MAX_REASONS: usize = 32;
 /// Memory that a search takes from the pool's budget.
 const MEMORY: usize = 4 << 20;
 
@@ -79,12 +81,13 @@ fn combine(searches: Vec<(String, Search)>) -> Exclusion {
     let hibernated = searches.iter().any(|(_, s)| s.hibernated);
     let mut out = Exclusion::default();
     for (slot, search) in searches {
-        out.reasons.extend(search.kept.iter().map(|k| format!("disk {slot}: {k}")));
+        out.reasons
+            .extend(search.kept.iter().take(MAX_REASONS).map(|k| format!("disk {slot}: {k}")));
         if hibernated {
             out.ranges.push(RangeSet::new());
             continue;
         }
-        out.reasons.extend(search.found.iter().map(|f| {
+        out.reasons.extend(search.found.iter().take(MAX_REASONS).map(|f| {
             format!("disk {slot}: {} is left out, {} bytes", f.what, f.ranges.total_len())
         }));
         out.ranges.push(search.ranges());

@@ -26,6 +26,9 @@ use crate::{ByteRange, RangeSet, ReadDisk};
 
 /// Longest `/etc/fstab` that is read.
 const MAX_FSTAB: usize = 256 << 10;
+/// Swap files of one `fstab`, and bytes of such a path, that are looked at.
+const MAX_SWAP_FILES: usize = 16;
+const MAX_SWAP_PATH: usize = 512;
 /// The names that Windows gives its page files.
 const WINDOWS: [&str; 2] = ["pagefile.sys", "swapfile.sys"];
 const HIBERNATION: &str = "hiberfil.sys";
@@ -220,6 +223,8 @@ fn linux(disk: &GuestDisk, volume: &Volume, search: &mut Search) -> Result<(), G
                 keep(&format!("it is {what}"));
                 search.hibernated = true;
             }
+            // The names that are there instead are nobody's business.
+            Err(GuestError::NotFound { .. }) => keep("it does not exist"),
             Err(e) => keep(&e.to_string()),
         }
     }
@@ -300,7 +305,8 @@ fn swap_files(fstab: &[u8]) -> Fstab {
         let is_file = what.starts_with(b"/") && !what.starts_with(b"/dev/");
         if kind == b"swap" {
             let path = unescape(what);
-            if is_file && !out.paths.contains(&path) {
+            let few = out.paths.len() < MAX_SWAP_FILES && path.len() <= MAX_SWAP_PATH;
+            if is_file && few && !out.paths.contains(&path) {
                 out.paths.push(path);
             }
         } else if place != b"/" {
