@@ -7,6 +7,7 @@
 //! | `checkpoint` | prechecks, the duty, the checkpoint and its name |
 //! | `base` | the base rule: what an incremental may start from (pure) |
 //! | `capture` | disks, changes, configuration: what the pipeline is fed with |
+//! | `exclude` | page files that the policy leaves out |
 //! | `carry` | what of a lost checkpoint goes over to a new one (pure, but for the questions) |
 //! | `commit` | manifest, root record, the proposal |
 //! | `handover` | convert, bind, remove the older reference point |

@@ -91,7 +91,7 @@ pub(super) async fn run(
             context.phase("querying changes");
             let carried = match carry {
                 Some(carry) => {
-                    carry_over(context, message, open, binding, how, carry, &disks).await?
+                    carry_over(context, message, work, open, binding, how, carry, &disks).await?
                 }
                 None => None,
             };
@@ -145,16 +145,20 @@ pub(super) async fn run(
 }
 
 /// What of a lost checkpoint goes over to this one; `None`: nothing, for a reason that is logged.
+#[allow(clippy::too_many_arguments)]
 async fn carry_over(
     context: &JobContext,
     message: &rpc::JobLease,
+    work: &rpc::BackupWork,
     open: &Open,
     binding: Option<&Binding>,
     how: &super::checkpoint::How,
     carry: &carry::Carry,
     disks: &[SourceFacts],
 ) -> Result<Option<carry::Carried>, JobError> {
+    let excluded = exclusion(context, work, open, how, disks).await?;
     let onto = carry::Onto {
+        excluded: &excluded,
         checkpoint: open.checkpoint.id,
         taken_unix_ms: how.taken_unix_ms,
         consistency: consistency::text(how.way.gives).to_owned(),

@@ -17,9 +17,11 @@ use outrider_proto::model::Binding;
 use outrider_proto::page::FANOUT;
 
 use super::base::DiskFacts;
+use super::exclude::Exclusion;
 use super::{JobContext, JobError};
 use crate::hypervisor::{HypervisorError, ReferencePoint};
 use crate::journal::{Adopted, Journal};
+use crate::pipeline::plan::to_look_at;
 
 /// What may be carried over.
 #[derive(Debug)]
@@ -53,6 +55,8 @@ pub(super) struct Onto<'a> {
     pub(super) binding: Option<&'a Binding>,
     /// Its disks with the paths that changes are asked for by.
     pub(super) disks: Vec<(&'a DiskFacts, &'a std::path::Path)>,
+    /// What is left out of them: the guest may have moved its page files since the lost checkpoint.
+    pub(super) excluded: &'a Exclusion,
 }
 
 /// Looks whether change tracking goes on from the checkpoint that the journal was begun on last, though that is lost.
@@ -106,19 +110,32 @@ fn merge(old: &Adopted, changed: &[RangeSet], onto: &Onto<'_>) -> Result<Carried
     {
         return Err("its base is not the bound one any more".into());
     }
+    // What was left out of the lost checkpoint and what is left out of this one may differ, and then bytes do, too.
+    let changed: Vec<RangeSet> = changed
+        .iter()
+        .zip(&onto.excluded.ranges)
+        .enumerate()
+        .map(|(i, (changed, now))| {
+            let before = super::capture::ranges(start.excluded.get(i).map_or(&[], Vec::as_slice));
+            let size = start.disks.get(i).map_or(0, |d| d.size);
+            to_look_at(changed, &before, now).align_out(start.chunk_size.into(), size)
+        })
+        .collect();
     let leaf_bytes = FANOUT as u64 * u64::from(start.chunk_size);
     let mut leaves = old.leaves.clone();
     leaves.retain(|(disk, leaf), _| {
         let begin = leaf.saturating_mul(leaf_bytes);
         changed.get(*disk).is_some_and(|c| !c.overlaps(begin, leaf_bytes))
     });
-    let disks = start.disks.iter().zip(changed).map(|(disk, changed)| {
+    let disks = start.disks.iter().zip(&changed).map(|(disk, changed)| {
         let before: RangeSet = super::capture::ranges(&disk.to_read);
         let to_read = super::capture::pairs(&before.union(changed));
         JournalDisk { to_read, ..disk.clone() }
     });
     let mut reasons = vec![onto.way.clone()];
     reasons.extend(start.reasons.iter().skip(1).cloned());
+    let fresh = onto.excluded.reasons.iter().filter(|r| !start.reasons.contains(r));
+    reasons.extend(fresh.cloned());
     reasons.push(format!(
         "an earlier checkpoint was lost in a move; {} of {} pages stored of it are the same at this one, as change tracking proves",
         leaves.len(),
@@ -130,6 +147,7 @@ fn merge(old: &Adopted, changed: &[RangeSet], onto: &Onto<'_>) -> Result<Carried
         consistency: onto.consistency.clone(),
         reasons,
         disks: disks.collect(),
+        excluded: onto.excluded.journalled(),
         ..start.clone()
     };
     Ok(Carried { start, leaves })
@@ -138,6 +156,7 @@ fn merge(old: &Adopted, changed: &[RangeSet], onto: &Onto<'_>) -> Result<Carried
 #[cfg(test)]
 mod tests {
     use super::*;
+    use outrider_disk::ByteRange;
     use outrider_proto::ids::{DiskId, PointId};
     use std::path::Path;
 
@@ -161,6 +180,7 @@ mod tests {
                     to_read: vec![(0, 3 * LEAF)],
                     incremental: parent.is_some(),
                 }],
+                excluded: vec![],
             },
             leaves: [((0, 0), page(1)), ((0, 1), page(2)), ((0, 2), page(3))].into(),
             manifest: None,
@@ -173,7 +193,9 @@ mod tests {
         binding: Option<&Binding>,
         work: impl FnOnce(&Onto<'_>) -> T,
     ) -> T {
+        let excluded = Exclusion::nothing(1);
         work(&Onto {
+            excluded: &excluded,
             checkpoint: CheckpointId::random(),
             taken_unix_ms: 2,
             consistency: "CRASH".into(),
@@ -200,6 +222,37 @@ mod tests {
             (2, "new way")
         );
         assert!(carried.start.reasons[2].contains("2 of 3"), "{:?}", carried.start.reasons);
+    }
+
+    #[test]
+    fn pages_of_what_only_one_of_the_checkpoints_leaves_out_are_read_again() {
+        let disk = DiskFacts { disk: DiskId::random(), size: 4 * LEAF, slot: "d".into() };
+        let chunk = u64::from(CHUNK);
+        let mut old = old(disk.disk, None);
+        // Left out at the lost checkpoint: something of page 0, and of page 1. Now: page 1 the same, and page 2.
+        old.start.excluded = vec![vec![(chunk, chunk), (LEAF, chunk)]];
+        let now = [ByteRange::new(LEAF, chunk), ByteRange::new(2 * LEAF, 100)];
+        let excluded =
+            Exclusion { ranges: vec![now.into_iter().collect()], reasons: vec!["moved".into()] };
+        // The guest has paged in between.
+        let changed = [RangeSet::single(LEAF, chunk)];
+        let carried = with(&disk, None, |onto| {
+            merge(
+                &old,
+                &changed,
+                &Onto {
+                    excluded: &excluded,
+                    disks: onto.disks.clone(),
+                    way: "new".into(),
+                    consistency: "CRASH".into(),
+                    ..*onto
+                },
+            )
+        })
+        .expect("carried");
+        assert_eq!(carried.leaves.keys().collect::<Vec<_>>(), [&(0, 1)], "page 1 is zeros in both");
+        assert_eq!(carried.start.excluded, [vec![(LEAF, chunk), (2 * LEAF, 100)]]);
+        assert!(carried.start.reasons.contains(&"moved".to_owned()));
     }
 
     #[test]
