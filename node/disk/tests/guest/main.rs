@@ -1,4 +1,6 @@
-//! Guest file systems, made by the tools of their own people and read by us.
+//! Guest file systems, made by the tools of their own people and read by us. The tools are those of Linux.
+
+#![cfg(unix)]
 
 mod damage;
 mod ext;
