@@ -3,10 +3,15 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::places::Places;
 use super::plan::Step;
 use crate::report::Failure;
+
+/// How long a process may take to be gone after its service has stopped.
+const PROCESS_END: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What became of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +110,7 @@ pub(super) fn program(from: &Path, to: &Path) -> Result<Applied, Failure> {
     let file = fs::File::options().write(true).open(&new).map_err(failed("open", &new))?;
     file.sync_all().map_err(failed("sync", &new))?;
     drop(file);
-    fs::rename(&new, to).map_err(failed("replace", to))?;
+    once_free(|| fs::rename(&new, to)).map_err(failed("replace", to))?;
     Ok(Applied::Changed)
 }
 
@@ -118,9 +123,31 @@ pub(super) fn config(path: &Path, content: &str) -> Result<Applied, Failure> {
     Ok(Applied::Changed)
 }
 
+/// Does something with a file that a process may still hold: a service of Windows tells its end a moment before its
+/// process is gone, and until then its program cannot be replaced or removed.
+fn once_free<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    /// ERROR_SHARING_VIOLATION, which the standard library has no kind for.
+    const SHARED: i32 = 32;
+    let until = Instant::now() + PROCESS_END;
+    loop {
+        match work() {
+            Err(error)
+                if cfg!(windows)
+                    && Instant::now() < until
+                    && (error.kind() == io::ErrorKind::PermissionDenied
+                        || error.raw_os_error() == Some(SHARED)) =>
+            {
+                // Windows tells nobody when a file is let go.
+                std::thread::sleep(LOOK);
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Removes a file.
 pub(super) fn remove_file(path: &Path) -> Result<Applied, Failure> {
-    match fs::remove_file(path) {
+    match once_free(|| fs::remove_file(path)) {
         Ok(()) => Ok(Applied::Changed),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Applied::Unchanged),
         Err(error) => Err(failed("remove", path)(error)),
@@ -129,7 +156,7 @@ pub(super) fn remove_file(path: &Path) -> Result<Applied, Failure> {
 
 /// Removes a folder of ours with all that is in it.
 pub(super) fn remove_folder(path: &Path) -> Result<Applied, Failure> {
-    match fs::remove_dir_all(path) {
+    match once_free(|| fs::remove_dir_all(path)) {
         Ok(()) => Ok(Applied::Changed),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Applied::Unchanged),
         Err(error) => Err(failed("remove", path)(error)),
