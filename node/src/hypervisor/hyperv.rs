@@ -10,7 +10,9 @@
 //! | `facts`, `disks`, `volumes` | what the consistency plan and the prechecks decide on |
 //! | `offline` | saving a VM for a moment |
 //! | `attached` | disks whose files cannot be opened |
-//! | `import` | VMs from restored files |
+//! | `machine` | what a VM has besides disks, and what a host has for it |
+//! | `group` | a VM's cluster group |
+//! | `import`, `replace` | VMs from restored files, and in the place of others |
 
 mod attached;
 mod call;
@@ -18,10 +20,13 @@ mod changes;
 mod cluster;
 mod disks;
 mod facts;
+mod group;
 mod import;
 mod inventory;
+mod machine;
 mod offline;
 mod reference_point;
+mod replace;
 mod snapshot;
 mod volumes;
 mod watch;
@@ -33,13 +38,14 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use outrider_disk::{DiskError, RangeSet};
 use outrider_proto::ids::VmGuid;
+use outrider_proto::manifest::Machine;
 use outrider_wmi::Wmi;
 use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
 use super::{
-    Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk, Hypervisor, HypervisorError,
-    Inventory, NewVm, ReferencePoint, VmState,
+    Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk, HostFacts, Hypervisor,
+    HypervisorError, Inventory, NewVm, ReferencePoint, SetAside, VmState,
 };
 use crate::config::JobTimes;
 use crate::lease::Lease;
@@ -165,7 +171,35 @@ impl Hypervisor for HyperV {
         self.import_vm(lease, new).await
     }
 
+    async fn machine(&self, checkpoint: &Checkpoint) -> Result<Machine, HypervisorError> {
+        self.machine_at(checkpoint).await
+    }
+
+    async fn host_facts(&self) -> Result<HostFacts, HypervisorError> {
+        self.facts_of_host().await
+    }
+
+    async fn owner_of(&self, vm: VmGuid) -> Result<Option<String>, HypervisorError> {
+        self.cluster_owner(vm).await
+    }
+
+    async fn rehearse_vm(&self, lease: &Lease, new: &NewVm) -> Result<(), HypervisorError> {
+        self.rehearse(lease, new).await
+    }
+
+    async fn forget_planned(&self, lease: &Lease, folder: &Path) -> Result<(), HypervisorError> {
+        self.forget_planned_in(lease, folder).await
+    }
+
+    async fn set_aside(&self, lease: &Lease, vm: VmGuid) -> Result<SetAside, HypervisorError> {
+        self.set_vm_aside(lease, vm).await
+    }
+
     async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
+        // Through its cluster, which would otherwise take it for stopped.
+        if self.bring_online(lease, vm).await? {
+            return Ok(());
+        }
         self.request_state(lease, vm, import::RUN, "start").await
     }
 

@@ -109,6 +109,19 @@ impl Wmi for LabWmi {
         }
     }
 
+    async fn put(
+        &self,
+        namespace: &str,
+        path: &str,
+        properties: Vec<(String, Value)>,
+    ) -> Result<(), WmiError> {
+        let (namespace, path) = (namespace.to_owned(), path.to_owned());
+        match self.link.call(Ask::Put { namespace, path: path.clone(), properties }).await? {
+            Answer::Done => Ok(()),
+            _ => Err(Self::odd(&path)),
+        }
+    }
+
     async fn subscribe(&self, namespace: &str, wql: &str) -> Result<EventStream, WmiError> {
         self.link.subscribe(namespace, wql).await
     }

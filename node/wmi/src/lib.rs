@@ -26,6 +26,8 @@ pub const NS_VIRTUALIZATION: &str = r"root\virtualization\v2";
 pub const NS_CLUSTER: &str = r"root\MSCluster";
 /// The namespace of Windows itself: release, services.
 pub const NS_CIM: &str = r"root\cimv2";
+/// The namespace of guardians and key protectors (vTPM, shielded VMs; Windows Server 2016 and later).
+pub const NS_HGS: &str = r"root\Microsoft\Windows\Hgs";
 
 /// Something that answers WMI requests for one host.
 ///
@@ -63,6 +65,20 @@ pub trait Wmi: Send + Sync + 'static {
         method: &str,
         args: Vec<(String, Value)>,
     ) -> Result<Object, WmiError>;
+
+    /// Writes properties of the instance at `path` (`PutInstance`), as settings of cluster groups are changed. A transport
+    /// that cannot do it says so; callers go on without.
+    async fn put(
+        &self,
+        _namespace: &str,
+        path: &str,
+        _properties: Vec<(String, Value)>,
+    ) -> Result<(), WmiError> {
+        Err(WmiError::Invalid {
+            what: path.to_owned(),
+            reason: "this transport cannot change instances".into(),
+        })
+    }
 
     /// Subscribes to an event query (`SELECT * FROM __InstanceOperationEvent ...`). Events that happen before
     /// the reader asks wait in a bounded queue; when it overflows the stream yields [`WmiError::EventsLost`]

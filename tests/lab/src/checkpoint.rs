@@ -62,6 +62,7 @@ pub(crate) fn create(cluster: &Cluster, vm_id: Uuid, new: &NewCheckpoint) -> Res
                 created: now(),
                 disks: made.frozen.clone(),
                 parent,
+                missing: false,
             });
             import::write_checkpoint_files(vm, new.id)?;
             s.announce_vm(vm_id);

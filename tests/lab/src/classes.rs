@@ -1,16 +1,19 @@
 //! The WMI classes: instances, object paths and associations, as the facts describe them.
 
 mod cluster;
+mod devices;
 mod facts;
 mod virtualization;
 
 use outrider_wmi::lab::wire::Refusal;
-use outrider_wmi::{NS_CIM, NS_CLUSTER, NS_VIRTUALIZATION, Object};
+use outrider_wmi::{NS_CIM, NS_CLUSTER, NS_HGS, NS_VIRTUALIZATION, Object};
 
 pub(crate) use cluster::{group_objects, nodes};
+pub(crate) use devices::{image_path, port_path, switch_of};
 pub(crate) use facts::summary_of;
 pub(crate) use virtualization::{
-    checkpoint_path, computer_system, job_path, planned_system, reference_point_path, system_path,
+    checkpoint_path, computer_system, disk_path, job_path, planned_system, reference_point_path,
+    system_path,
 };
 
 use crate::model::State;
@@ -29,6 +32,8 @@ fn instances(
         cluster::instances(state, class)
     } else if namespace.eq_ignore_ascii_case(NS_CIM) {
         facts::windows(state, host, class)
+    } else if namespace.eq_ignore_ascii_case(NS_HGS) {
+        state.hosts.get(host).and_then(|h| devices::guardians(h, class))
     } else {
         return Err(Refusal::NoNamespace(namespace.to_owned()));
     };

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::config::CheckpointOnMigration;
 use crate::control::{
     CallRecord, Command, Comparison, CreateVm, DiskSource, Fault, FileBytes, GateSpec, GuestWrite,
-    HoldSpec, LabState, MigrationKind, TruthRecord, VmState, WaitFor,
+    HoldSpec, HostSetup, LabState, MigrationKind, TruthRecord, VmSetup, VmState, WaitFor,
 };
 use crate::shape::{HostShape, VmShape};
 use crate::steer::CommandError;
@@ -116,6 +116,21 @@ impl LabControl {
     /// Pauses a VM.
     pub async fn pause_vm(&self, vm: &str) -> Result<(), ControlError> {
         self.ask(Command::PauseVm { vm: vm.into() }).await
+    }
+
+    /// Saves a VM.
+    pub async fn save_vm(&self, vm: &str) -> Result<(), ControlError> {
+        self.ask(Command::SaveVm { vm: vm.into() }).await
+    }
+
+    /// Gives a VM adapters, an image, a TPM and the like.
+    pub async fn set_up_vm(&self, vm: &str, setup: VmSetup) -> Result<(), ControlError> {
+        self.ask(Command::SetUpVm { vm: vm.into(), setup }).await
+    }
+
+    /// Gives a host switches, versions and guardians.
+    pub async fn set_up_host(&self, host: &str, setup: HostSetup) -> Result<(), ControlError> {
+        self.ask(Command::SetUpHost { host: host.into(), setup }).await
     }
 
     /// Removes a VM; its disk files stay.

@@ -12,6 +12,7 @@ use crate::classes;
 use crate::config::LabConfig;
 use crate::error::LabError;
 use crate::guest::Chance;
+use crate::hardware::Equipment;
 use crate::model::{Host, MODIFIED, Notice, State};
 
 /// Events kept for slow subscribers before they are told that some were lost.
@@ -44,8 +45,13 @@ impl Cluster {
             csv.path = csv.path.canonicalize().map_err(LabError::io("find", &csv.path))?;
         }
         let hosts = config.hosts.iter().map(|name| {
-            let host =
-                Host { up: true, paused: false, connections: 0, life: CancellationToken::new() };
+            let host = Host {
+                up: true,
+                paused: false,
+                connections: 0,
+                life: CancellationToken::new(),
+                equipment: Equipment::of(name),
+            };
             (name.clone(), host)
         });
         let state = State {

@@ -82,6 +82,67 @@ pub enum DiskSource {
     },
 }
 
+/// What a VM gets besides its disks; replaces what it had.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct VmSetup {
+    /// Network adapters.
+    pub nics: Vec<NicSetup>,
+    /// Image in its DVD drive; need not exist.
+    pub image: Option<PathBuf>,
+    /// A virtual TPM, guarded by the host that it runs on.
+    pub tpm: bool,
+    /// Checkpoint folder (SnapshotDataRoot) other than the VM's own.
+    pub snapshot_root: Option<PathBuf>,
+    /// Smart Paging folder (SwapFileDataRoot) other than the VM's own.
+    pub swap_root: Option<PathBuf>,
+    /// Configuration version.
+    pub version: Option<String>,
+    /// Settings of its cluster group.
+    pub group: Option<GroupSetup>,
+}
+
+/// A network adapter to be made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NicSetup {
+    /// Name.
+    pub name: String,
+    /// Switch of the VM's host; none: not connected.
+    pub switch: Option<String>,
+    /// A fixed address; none: a dynamic one.
+    pub static_mac: Option<String>,
+}
+
+impl NicSetup {
+    /// Connected to a switch, with a dynamic address.
+    #[must_use]
+    pub fn on(switch: &str) -> Self {
+        let switch = Some(switch.to_owned());
+        Self { name: "Network Adapter".into(), switch, static_mac: None }
+    }
+}
+
+/// Settings of a cluster group.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupSetup {
+    /// Numbers by property, such as `Priority`.
+    pub values: Vec<(String, u64)>,
+    /// `AntiAffinityClassNames`.
+    pub anti_affinity: Vec<String>,
+    /// Preferred owners, first the most preferred.
+    pub preferred_owners: Vec<String>,
+}
+
+/// What a host gets; what is left out stays.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct HostSetup {
+    /// Names of its switches.
+    pub switches: Option<Vec<String>>,
+    /// Configuration versions that it supports.
+    pub versions: Option<Vec<String>>,
+    /// Hosts whose guardian certificates are imported with their private keys.
+    pub guardians_of: Vec<String>,
+}
+
 /// Kinds of migration inside the cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MigrationKind {
@@ -317,6 +378,9 @@ pub(crate) enum Command {
     StopVm { vm: String },
     PauseVm { vm: String },
     DeleteVm { vm: String },
+    SaveVm { vm: String },
+    SetUpVm { vm: String, setup: VmSetup },
+    SetUpHost { host: String, setup: HostSetup },
     SetVss { vm: String, ok: bool },
     ShapeVm { vm: String, shape: Box<VmShape> },
     ShapeHost { host: String, shape: HostShape },
@@ -361,6 +425,9 @@ pub struct LabState {
     pub vms: Vec<VmState>,
     /// The switch.
     pub checkpoint_on_migration: CheckpointOnMigration,
+    /// VMs in the making: (host, name).
+    #[serde(default)]
+    pub planned: Vec<(String, String)>,
 }
 
 /// A host.
@@ -403,6 +470,24 @@ pub struct VmState {
     pub migrating: bool,
     /// Whether a WMI job is at work on it.
     pub busy: bool,
+    /// Its adapters: name and the switch that it is connected to.
+    #[serde(default)]
+    pub nics: Vec<(String, Option<String>)>,
+    /// Images in its drives.
+    #[serde(default)]
+    pub images: Vec<PathBuf>,
+    /// Folders of its configuration, checkpoints, saved state and Smart Paging file.
+    #[serde(default)]
+    pub folders: Vec<PathBuf>,
+    /// Whether its account may open its files.
+    #[serde(default)]
+    pub rights: bool,
+    /// Its cluster group's settings; `None` when not clustered.
+    #[serde(default)]
+    pub group: Option<GroupSetup>,
+    /// Times that the cluster took a stop for a failure.
+    #[serde(default)]
+    pub cluster_failures: u32,
 }
 
 impl VmState {

@@ -22,6 +22,16 @@ pub(crate) fn power(cluster: &Cluster, vm_id: Uuid, wanted: Power) -> Result<(),
     })?;
     let mut io = locked(&io);
     let now = cluster.read(|s| s.vm(vm_id).map(|vm| vm.power))?;
+    if !now.holds_disks() && wanted.holds_disks() {
+        cluster.read(|s| {
+            let vm = s.vm(vm_id)?;
+            let host = s.hosts.get(&vm.host);
+            match host.and_then(|host| vm.start_obstacle(host)) {
+                Some(why) => Err(LabError::refused(&vm.name, 32768, why)),
+                None => Ok(()),
+            }
+        })?;
+    }
     match (now.holds_disks(), wanted.holds_disks()) {
         (false, true) => {
             let mut seen = Vec::new();
@@ -50,7 +60,11 @@ pub(crate) fn power(cluster: &Cluster, vm_id: Uuid, wanted: Power) -> Result<(),
         _ => {}
     }
     cluster.change(|s| {
-        s.vm_mut(vm_id)?.power = wanted;
+        let vm = s.vm_mut(vm_id)?;
+        vm.power = wanted;
+        if wanted != Power::Saved {
+            vm.hardware.saved_on = None;
+        }
         s.announce_vm(vm_id);
         s.announce_group(vm_id, None);
         Ok(())

@@ -12,8 +12,9 @@ use crate::classes;
 use crate::cluster::{Cluster, now};
 use crate::disks;
 use crate::error::LabError;
+use crate::hardware::{GroupSettings, Hardware};
 use crate::jobs::JobError;
-use crate::model::{CREATED, DELETED, Disk, Power, State, Vm, guid};
+use crate::model::{CREATED, Checkpoint, DELETED, Disk, FrozenDisk, Power, State, Vm, guid};
 use crate::shape::Shape;
 
 /// Longest definition file that is read.
@@ -28,6 +29,17 @@ struct Definition {
     version: String,
     checkpoint: Option<Uuid>,
     disks: Vec<DefinedDisk>,
+    #[serde(default)]
+    hardware: Hardware,
+    /// Checkpoints that it follows, oldest first: GUID, name.
+    #[serde(default)]
+    ancestors: Vec<(Uuid, String)>,
+    /// The checkpoint that it follows itself.
+    #[serde(default)]
+    parent: Option<Uuid>,
+    /// Of a checkpoint's definition: the checkpoint's name.
+    #[serde(default)]
+    own_name: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -60,6 +72,23 @@ fn write_set(vm: &Vm, stem: &Path, checkpoint: Option<Uuid>) -> Result<(), LabEr
         version: vm.version.clone(),
         checkpoint,
         disks: disks.collect(),
+        hardware: Hardware {
+            saved_on: (vm.power == Power::Saved)
+                .then(|| vm.hardware.saved_on.clone().unwrap_or_else(|| vm.host.clone())),
+            ..vm.hardware.clone()
+        },
+        ancestors: vm
+            .checkpoints
+            .iter()
+            .take_while(|c| Some(c.id) != checkpoint)
+            .filter(|c| !c.recovery)
+            .map(|c| (c.id, c.name.clone()))
+            .collect(),
+        own_name: frozen.map(|c| c.name.clone()),
+        parent: match frozen {
+            Some(c) => c.parent,
+            None => vm.checkpoints.last().map(|c| c.id),
+        },
     };
     let text =
         serde_json::to_vec_pretty(&definition).map_err(|e| LabError::Config(e.to_string()))?;
@@ -117,6 +146,7 @@ pub(crate) fn import(
     cluster: &Cluster,
     host: &str,
     file: &Path,
+    snapshots: &Path,
     new_id: bool,
 ) -> Result<Uuid, JobError> {
     let broken = |why: String| {
@@ -156,6 +186,10 @@ pub(crate) fn import(
         vm.generation = definition.generation;
         vm.version.clone_from(&definition.version);
         vm.disks = disks;
+        vm.power = if definition.hardware.saved_on.is_some() { Power::Saved } else { Power::Off };
+        vm.hardware = definition.hardware.clone();
+        vm.rights = false;
+        vm.checkpoints = planned_checkpoints(&definition.ancestors, snapshots);
         let target = classes::planned_system(&vm, host);
         s.planned.insert(id, vm);
         s.notify(Some(host), CREATED, target, None);
@@ -187,8 +221,72 @@ impl Vm {
             shape: Shape::default(),
             steady: None,
             io: Arc::default(),
+            hardware: Hardware::default(),
+            rights: true,
+            group: GroupSettings::default(),
+            cluster_failures: 0,
         }
     }
+}
+
+/// Checkpoints of a planned VM: those whose definitions are in the folder, and the missing ones.
+fn planned_checkpoints(ancestors: &[(Uuid, String)], folder: &Path) -> Vec<Checkpoint> {
+    let checkpoint = |(id, name): &(Uuid, String)| {
+        let read = || read_checkpoint(*id, folder);
+        (!folder.as_os_str().is_empty()).then(read).flatten().unwrap_or_else(|| Checkpoint {
+            id: *id,
+            name: name.clone(),
+            recovery: false,
+            consistency: 0,
+            created: now(),
+            disks: Vec::new(),
+            parent: None,
+            missing: true,
+        })
+    };
+    ancestors.iter().map(checkpoint).collect()
+}
+
+/// A checkpoint's definition file.
+fn read_checkpoint(id: Uuid, folder: &Path) -> Option<Checkpoint> {
+    let file = folder.join(guid(id)).with_extension("vmcx");
+    if std::fs::metadata(&file).ok()?.len() > MAX_DEFINITION {
+        return None;
+    }
+    let definition: Definition = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+    let name = definition.own_name?;
+    let disks = definition.disks.into_iter();
+    let disks = disks.filter_map(|d| Some(FrozenDisk { disk: d.id, path: d.path?, mark: None }));
+    Some(Checkpoint {
+        id,
+        name,
+        recovery: false,
+        consistency: 0,
+        created: now(),
+        disks: disks.collect(),
+        parent: definition.parent,
+        missing: false,
+    })
+}
+
+/// Takes the definitions of missing checkpoints of a planned VM from a folder.
+pub(crate) fn import_checkpoints(
+    cluster: &Cluster,
+    id: Uuid,
+    folder: &Path,
+) -> Result<Vec<String>, JobError> {
+    cluster.change(|s| {
+        let planned =
+            s.planned.get_mut(&id).ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
+        let mut made = Vec::new();
+        for checkpoint in planned.checkpoints.iter_mut().filter(|c| c.missing) {
+            if let Some(found) = read_checkpoint(checkpoint.id, folder) {
+                made.push(classes::checkpoint_path(found.id));
+                *checkpoint = found;
+            }
+        }
+        Ok(made)
+    })
 }
 
 impl State {
@@ -200,14 +298,24 @@ impl State {
 
 /// What keeps a planned VM from being realized, one sentence per device; with the disks' facts when nothing does.
 pub(crate) fn validate(cluster: &Cluster, id: Uuid) -> Result<Vec<Disk>, JobError> {
-    let planned = cluster.read(|s| s.planned.get(&id).map(|vm| vm.disks.clone()));
-    let mut planned = planned.ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
-    let mut problems = Vec::new();
+    let planned = cluster.read(|s| {
+        let vm = s.planned.get(&id)?;
+        let host = s.hosts.get(&vm.host)?;
+        let mut problems = vm.device_problems(host);
+        if !host.equipment.versions.contains(&vm.version) {
+            let text =
+                format!("Configuration version '{}' is not supported on this host.", vm.version);
+            problems.push((classes::checkpoint_path(vm.id), text));
+        }
+        Some((vm.disks.clone(), problems))
+    });
+    let (mut planned, mut problems) =
+        planned.ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
     for disk in planned.iter_mut().filter(|d| d.is_virtual()) {
         let Some(path) = disk.leaf().map(Path::to_owned) else { continue };
         if let Some(other) = cluster.read(|s| s.file_in_use(&path).map(|vm| vm.name.clone())) {
-            problems
-                .push(format!("disk {}: in use by the virtual machine {other:?}", path.display()));
+            let text = format!("disk {}: in use by the virtual machine {other:?}", path.display());
+            problems.push((classes::disk_path(id, disk), text));
             continue;
         }
         match disks::info(&path) {
@@ -215,7 +323,8 @@ pub(crate) fn validate(cluster: &Cluster, id: Uuid) -> Result<Vec<Disk>, JobErro
                 disk.size = info.size;
                 disk.disk_id = info.disk_id;
             }
-            Err(e) => problems.push(format!("disk {}: {e}", path.display())),
+            Err(e) => problems
+                .push((classes::disk_path(id, disk), format!("disk {}: {e}", path.display()))),
         }
         match outrider_disk::DiskChain::open(&path) {
             Ok(chain) => {
@@ -225,7 +334,14 @@ pub(crate) fn validate(cluster: &Cluster, id: Uuid) -> Result<Vec<Disk>, JobErro
             Err(e) => tracing::debug!(error = %e, "reported above"),
         }
     }
-    if problems.is_empty() { Ok(planned) } else { Err(JobError::new(32773, problems.join("; "))) }
+    if problems.is_empty() {
+        return Ok(planned);
+    }
+    // The description is of no use; what is wrong is in the job's errors.
+    Err(JobError {
+        details: problems,
+        ..JobError::new(32773, "The operation failed with error code '32773'.")
+    })
 }
 
 /// Turns a planned VM into a real one. Blocks.
@@ -236,6 +352,7 @@ pub(crate) fn realize(cluster: &Cluster, id: Uuid) -> Result<(), JobError> {
             s.planned.remove(&id).ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
         s.notify(Some(&vm.host), DELETED, classes::planned_system(&vm, &vm.host), None);
         vm.disks = disks;
+        // Hyper-V keeps the definition where it was told to, and removes the one that was imported only if it lies there.
         write_vm_files(&vm)?;
         let (host, target) = (vm.host.clone(), classes::computer_system(&vm));
         s.vms.insert(id, vm);

@@ -27,6 +27,8 @@ pub(crate) struct Job {
     pub(crate) state: u16,
     pub(crate) error_code: u16,
     pub(crate) error: String,
+    /// What GetErrorEx tells: (object path of the device, sentence).
+    pub(crate) details: Vec<(String, String)>,
     /// Object paths that Msvm_AffectedJobElement leads to.
     pub(crate) affected: Vec<String>,
     pub(crate) started: u64,
@@ -37,11 +39,13 @@ pub(crate) struct Job {
 pub(crate) struct JobError {
     pub(crate) code: u16,
     pub(crate) text: String,
+    /// What GetErrorEx tells: (object path of the device, sentence).
+    pub(crate) details: Vec<(String, String)>,
 }
 
 impl JobError {
     pub(crate) fn new(code: u16, text: impl Into<String>) -> Self {
-        Self { code, text: text.into() }
+        Self { code, text: text.into(), details: Vec::new() }
     }
 }
 
@@ -81,6 +85,7 @@ impl State {
             state: RUNNING,
             error_code: 0,
             error: String::new(),
+            details: Vec::new(),
             affected: Vec::new(),
             started: now(),
         };
@@ -113,6 +118,7 @@ impl State {
                     job.state = EXCEPTION;
                     job.error_code = e.code;
                     job.error = e.text;
+                    job.details = e.details;
                 }
             }
         }

@@ -12,6 +12,7 @@
 //! | `cluster` | the shared state, its changes and events |
 //! | `model`, `rct`, `disks`, `guest`, `truth` | a VM and its bytes |
 //! | `classes`, `wql`, `methods` | the WMI face |
+//! | `hardware` | what hosts and VMs have besides disks |
 //! | `checkpoint`, `merge`, `migrate`, `host`, `import` | what Hyper-V and the cluster do |
 //! | `shape` | what WMI shows of guests, replication and the cluster besides |
 //! | `faults`, `gate` | how a test interferes |
@@ -27,6 +28,7 @@ mod error;
 mod faults;
 mod gate;
 mod guest;
+mod hardware;
 mod host;
 mod host_path;
 mod import;
@@ -46,8 +48,8 @@ pub use client::{ControlError, LabControl};
 pub use config::{CheckpointOnMigration, CsvConfig, Delays, LabConfig, TruthConfig};
 pub use control::{
     CallRecord, CheckpointState, Comparison, CreateVm, DiskSource, DiskState, Fault, FaultKind,
-    FileBytes, GateSpec, GuestWrite, HoldSpec, HostState, LabState, MigrationKind,
-    ReferencePointState, TruthRecord, VmState, WaitFor, When,
+    FileBytes, GateSpec, GroupSetup, GuestWrite, HoldSpec, HostSetup, HostState, LabState,
+    MigrationKind, NicSetup, ReferencePointState, TruthRecord, VmSetup, VmState, WaitFor, When,
 };
 pub use error::LabError;
 pub use serve::run;

@@ -3,13 +3,15 @@
 mod args;
 mod cluster;
 mod image;
+mod security;
 mod snapshot;
 mod system;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use outrider_wmi::lab::wire::Refusal;
-use outrider_wmi::{NS_CLUSTER, NS_VIRTUALIZATION, Object, Value};
+use outrider_wmi::{NS_CLUSTER, NS_HGS, NS_VIRTUALIZATION, Object, Value, embedded};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -17,6 +19,7 @@ use uuid::Uuid;
 use crate::cluster::Cluster;
 use crate::control::{CallRecord, FaultKind, When};
 use crate::jobs::{self, Started};
+use crate::model::guid;
 
 pub(crate) use args::Args;
 pub(crate) use system::announce_new;
@@ -169,6 +172,9 @@ async fn dispatch(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusa
     if call.namespace.eq_ignore_ascii_case(NS_CLUSTER) {
         return cluster::call(cluster, call, &target).await.unwrap_or_else(|| Err(unknown()));
     }
+    if call.namespace.eq_ignore_ascii_case(NS_HGS) {
+        return security::call(cluster, call).unwrap_or_else(|| Err(unknown()));
+    }
     if !call.namespace.eq_ignore_ascii_case(NS_VIRTUALIZATION) {
         return Err(Refusal::NoNamespace(call.namespace.clone()));
     }
@@ -182,8 +188,64 @@ async fn dispatch(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusa
         "Msvm_VirtualSystemManagementService" | "Msvm_ComputerSystem" => {
             system::call(cluster, call).unwrap_or_else(|| Err(unknown()))
         }
+        "Msvm_SecurityService" => security::call(cluster, call).unwrap_or_else(|| Err(unknown())),
+        "Msvm_ConcreteJob" if call.method == "GetErrorEx" => Ok(job_errors(cluster, &target)),
         _ => Err(unknown()),
     }
+}
+
+/// What went wrong in a job, each with the device that it is about.
+fn job_errors(cluster: &Cluster, job: &Object) -> Outcome {
+    let details = cluster.read(|s| {
+        let found = s.jobs.values().find(|j| job.str("InstanceID") == Some(&guid(j.id)));
+        found.map(|j| j.details.clone()).unwrap_or_default()
+    });
+    let error = |(source, message): &(String, String)| {
+        let error = Object::new("Msvm_Error", "")
+            .with("CIMStatusCode", 1_u32)
+            .with("ErrorType", 4_u16)
+            .with("PerceivedSeverity", 3_u16)
+            .with("MessageID", "32773")
+            .with("Message", message.as_str())
+            .with("ErrorSource", source.as_str())
+            .with("ErrorSourceFormat", 2_u16);
+        Value::Str(embedded::to_text(&error))
+    };
+    let errors: Vec<Value> = details.iter().map(error).collect();
+    Outcome::code(DONE).with("Errors", Value::Array(errors))
+}
+
+/// Writes properties of an instance: of cluster groups, which is all that may be written here.
+pub(crate) fn put(
+    cluster: &Cluster,
+    host: &str,
+    namespace: &str,
+    path: &str,
+    properties: &[(String, Value)],
+) -> Result<(), Refusal> {
+    let target = cluster.read(|s| crate::classes::get(s, host, namespace, path))?;
+    if target.class != "MSCluster_ResourceGroup" {
+        return Err(invalid(path, "instances of this class cannot be written"));
+    }
+    cluster.change(|s| {
+        let id = cluster::vm_of_group(s, &target).ok_or_else(|| invalid(path, "no such group"))?;
+        let vm = s.vm_mut(id).map_err(|e| invalid(path, &e.to_string()))?;
+        for (name, value) in properties {
+            vm.group.set(name, value).map_err(|e| invalid(path, &e))?;
+        }
+        s.announce_group(id, None);
+        Ok(())
+    })
+}
+
+/// Lets a VM's account open what lies in a folder.
+pub(crate) fn grant(cluster: &Cluster, vm: &str, folder: &Path) -> Result<(), Refusal> {
+    let id: Uuid = vm.parse().map_err(|_| invalid("grant", "no GUID"))?;
+    cluster.change(|s| {
+        let vm = s.vm_mut(id).map_err(|e| invalid("grant", &e.to_string()))?;
+        vm.rights = vm.disks.iter().flat_map(|d| &d.chain).all(|file| file.starts_with(folder));
+        Ok(())
+    })
 }
 
 pub(crate) fn invalid(what: &str, reason: &str) -> Refusal {

@@ -15,6 +15,7 @@ use crate::error::LabError;
 use crate::faults::{ActiveFault, Hold};
 use crate::gate::{Gate, OpenFile};
 use crate::guest::Chance;
+use crate::hardware::{Equipment, GroupSettings, Hardware};
 use crate::jobs::Job;
 use crate::shape::{Device, Shape, Surroundings};
 
@@ -62,6 +63,8 @@ pub(crate) struct Host {
     pub(crate) connections: usize,
     /// Cancelled when the host crashes: its agent connections end.
     pub(crate) life: CancellationToken,
+    /// Switches, versions, guardians.
+    pub(crate) equipment: Equipment,
 }
 
 /// A VM's power.
@@ -134,6 +137,14 @@ pub(crate) struct Vm {
     /// What WMI shows besides.
     pub(crate) shape: Shape,
     pub(crate) steady: Option<SteadyGuest>,
+    /// Adapters, drives, TPM, folders.
+    pub(crate) hardware: Hardware,
+    /// Whether its account may open its files.
+    pub(crate) rights: bool,
+    /// Settings of its cluster group, while it has one.
+    pub(crate) group: GroupSettings,
+    /// Times that it stopped under a cluster that had not stopped it.
+    pub(crate) cluster_failures: u32,
     /// The bytes; locked only on threads that may block, and never while the state is locked.
     pub(crate) io: Arc<Mutex<VmIo>>,
 }
@@ -180,6 +191,8 @@ pub(crate) struct Checkpoint {
     pub(crate) created: u64,
     pub(crate) disks: Vec<FrozenDisk>,
     pub(crate) parent: Option<Uuid>,
+    /// Of a planned VM: its definition file was not found.
+    pub(crate) missing: bool,
 }
 
 /// A disk as a checkpoint froze it.

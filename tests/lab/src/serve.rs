@@ -279,6 +279,9 @@ impl Session {
                     Call { host: host.to_owned(), namespace, path, method, args: Args::new(args) };
                 methods::exec(cluster, call, &self.gone).await.map(Answer::Object)
             }
+            Ask::Put { namespace, path, properties } => {
+                methods::put(cluster, host, &namespace, &path, &properties).map(|()| Answer::Done)
+            }
             _ => Err(methods::invalid("request", "not one of an agent's WMI")),
         }
     }
@@ -311,6 +314,12 @@ impl Session {
                     }
                     self.cluster.until(|s| s.may_ask_again(id).then_some(())).await;
                 }
+            }
+            Ask::Grant { vm, folder } => {
+                let folder = tokio::fs::canonicalize(crate::host_path::host_path(&folder)).await.map_err(|_| {
+                    Refusal::NotFound { namespace: "lab".into(), path: folder.clone() }
+                })?;
+                methods::grant(&self.cluster, &vm, &folder).map(|()| Answer::Done)
             }
             Ask::CloseFile => {
                 self.close_file();

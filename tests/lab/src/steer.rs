@@ -16,6 +16,7 @@ use crate::disks::locked;
 use crate::error::LabError;
 use crate::gate::Gate;
 use crate::guest;
+use crate::hardware;
 use crate::host;
 use crate::import;
 use crate::migrate;
@@ -103,6 +104,14 @@ async fn obey(cluster: &Arc<Cluster>, command: Command) -> Result<Json, LabError
             })
             .await
             .and_then(json)
+        }
+        Command::SaveVm { vm } => power(cluster, id_of(&vm)?, Power::Saved).await,
+        Command::SetUpVm { vm, setup } => {
+            let id = id_of(&vm)?;
+            json(cluster.change(|s| hardware::set_up_vm(s, id, &setup))?)
+        }
+        Command::SetUpHost { host, setup } => {
+            json(cluster.change(|s| hardware::set_up_host(s, &host, &setup))?)
         }
         Command::SetVss { vm, ok } => json(cluster.change_vm(id_of(&vm)?, |vm| vm.vss = ok)?),
         Command::ShapeVm { vm, shape } => {

@@ -295,12 +295,17 @@ async fn a_restore_imports_realizes_becomes_clustered_and_starts() {
     let out = beta.wmi.exec_method(NS_CLUSTER, &path, "AddVirtualMachine", add).await;
     assert_eq!(code(&out.expect("an answer")), 0);
     let start = args(&[("RequestedState", 2_u32.into())]);
-    let out = beta
-        .wmi
-        .exec_method(NS_VIRTUALIZATION, &restored.path, "RequestStateChange", start)
-        .await
-        .expect("an answer");
-    assert_eq!(beta.job(&out).await.u64("JobState"), Some(7));
+    let start = || {
+        beta.wmi.exec_method(NS_VIRTUALIZATION, &restored.path, "RequestStateChange", start.clone())
+    };
+    let refused = beta.job(&start().await.expect("an answer")).await;
+    let why = refused.str("ErrorDescription").unwrap_or_default();
+    assert!(why.contains("General access denied"), "nobody gave its account rights: {why}");
+    let vm_id = lab.control.vm("restored").await.expect("there").id;
+    let (files, folder) = (beta.files.clone(), disk.parent().expect("a folder").to_owned());
+    let granted = tokio::task::spawn_blocking(move || files.grant(vm_id, &folder)).await;
+    granted.expect("not stopped").expect("granted");
+    assert_eq!(beta.job(&start().await.expect("an answer")).await.u64("JobState"), Some(7));
     let state = lab.control.vm("restored").await.expect("there");
     assert_eq!((state.enabled_state, state.owner.as_deref()), (2, Some("beta")));
     assert_ne!(state.id, vm.id);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use outrider_process::backoff::Backoff;
-use outrider_wmi::{NS_CLUSTER, NS_VIRTUALIZATION, Object, Value, WmiError};
+use outrider_wmi::{NS_CLUSTER, NS_VIRTUALIZATION, Object, Value, WmiError, embedded};
 use tokio::time::Instant;
 
 use super::HyperV;
@@ -213,10 +213,15 @@ impl HyperV {
             {
                 let told = told_by(&object);
                 let (meant, remedy) = meaning(code, &told);
+                let errors = self.job_errors(job).await;
                 return Err(HypervisorError::Refused {
                     doing: doing.to_owned(),
                     code,
-                    reason: if told.is_empty() { meant.to_owned() } else { told },
+                    reason: match errors.is_empty() {
+                        false => errors.join("; "),
+                        true if told.is_empty() => meant.to_owned(),
+                        true => told,
+                    },
                     remedy,
                 });
             }
@@ -236,6 +241,26 @@ impl HyperV {
                 None => pause.await,
             }
         }
+    }
+
+    /// What went wrong in a job, in the hypervisor's words: each names its device. Nothing when it does not tell.
+    async fn job_errors(&self, job: &str) -> Vec<String> {
+        let answer = self.wmi.exec_method(NS_VIRTUALIZATION, job, "GetErrorEx", vec![]).await;
+        let Ok(out) = answer else { return Vec::new() };
+        let message = |value: &Value| {
+            let error = match value {
+                Value::Object(object) => (**object).clone(),
+                value => embedded::from_text(value.as_str()?).ok()?,
+            };
+            error.str("Message").map(str::trim).filter(|m| !m.is_empty()).map(str::to_owned)
+        };
+        let mut messages: Vec<String> = Vec::new();
+        for message in out.array("Errors").iter().filter_map(message) {
+            if !messages.contains(&message) {
+                messages.push(message);
+            }
+        }
+        messages
     }
 
     async fn service(&self, doing: &str, class: &str) -> Result<String, HypervisorError> {

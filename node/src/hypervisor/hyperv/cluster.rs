@@ -1,16 +1,13 @@
-//! The failover cluster's database: who owns which VM, which hosts are up, making a VM highly available.
+//! The failover cluster's database: who owns which VM, which hosts are up, where there is space.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 use outrider_proto::ids::VmGuid;
-use outrider_wmi::{NS_CLUSTER, Object};
+use outrider_wmi::Object;
 
 use super::HyperV;
-use super::call::provider;
-use super::wql;
 use crate::hypervisor::error::HypervisorError;
-use crate::lease::Lease;
 
 /// Resource type of VMs; type names are not localized.
 pub(super) const VM_RESOURCE: &str = "Virtual Machine";
@@ -73,65 +70,5 @@ impl HyperV {
         Ok(partitions.iter().filter_map(volume).collect())
     }
 
-    pub(super) async fn make_highly_available(
-        &self,
-        lease: &Lease,
-        vm: VmGuid,
-    ) -> Result<(), HypervisorError> {
-        let doing = format!("make VM {vm} highly available");
-        let clusters = self.cluster_query(&doing, "SELECT * FROM MSCluster_Cluster").await?;
-        let cluster = clusters.first().ok_or_else(|| HypervisorError::Odd {
-            doing: doing.clone(),
-            detail: "this host is in no failover cluster".into(),
-        })?;
-        lease.may_mutate()?;
-        let args = vec![("VirtualMachine".to_owned(), wql::guid(vm.0).into())];
-        let out = self
-            .wmi
-            .exec_method(NS_CLUSTER, &cluster.path, "AddVirtualMachine", args)
-            .await
-            .map_err(provider(&doing))?;
-        match out.u64("ReturnValue").unwrap_or(0) {
-            // ERROR_OBJECT_ALREADY_EXISTS: it is.
-            0 | 5010 => Ok(()),
-            code => Err(HypervisorError::Refused {
-                doing,
-                code: u32::try_from(code).unwrap_or(u32::MAX),
-                reason: "the cluster refused".into(),
-                remedy: "look at the cluster's events; the VM itself was restored",
-            }),
-        }
-    }
-
-    /// Takes a VM's group out of the cluster (before the VM is removed).
-    pub(super) async fn remove_from_cluster(
-        &self,
-        lease: &Lease,
-        vm: VmGuid,
-    ) -> Result<(), HypervisorError> {
-        let doing = format!("take VM {vm} out of the cluster");
-        let wql = format!("SELECT * FROM MSCluster_Resource WHERE Type='{VM_RESOURCE}'");
-        let resources = self.cluster_query(&doing, &wql).await?;
-        for resource in resources.iter().filter(|r| owner_of(r).is_some_and(|(v, _)| v == vm)) {
-            let groups = self
-                .wmi
-                .associators(
-                    NS_CLUSTER,
-                    &resource.path,
-                    "MSCluster_ResourceGroupToResource",
-                    "MSCluster_ResourceGroup",
-                )
-                .await
-                .map_err(provider(&doing))?;
-            for group in groups {
-                lease.may_mutate()?;
-                let args = vec![("Options".to_owned(), 1_u32.into())];
-                self.wmi
-                    .exec_method(NS_CLUSTER, &group.path, "DestroyGroup", args)
-                    .await
-                    .map_err(provider(&doing))?;
-            }
-        }
-        Ok(())
     }
 }

@@ -1,14 +1,18 @@
-//! VMs from restored files: import as a planned VM, fix the paths, validate, realize, make highly available.
+//! VMs from restored files: import as a planned VM, mend it, validate, realize, grant rights, make highly available
+//! (facts, section 9.3).
+
+mod mend;
+
+use std::path::Path;
 
 use outrider_proto::ids::VmGuid;
-use outrider_wmi::{NS_VIRTUALIZATION, Object, Value, embedded};
+use outrider_wmi::{NS_VIRTUALIZATION, Value};
 
 use super::HyperV;
 use super::call::{Call, provider};
-use super::snapshot::is_virtual_disk;
-use super::wql::{self, PLANNED, SETTINGS, STORAGE, SYSTEM, system_path};
+use super::wql::{self, PLANNED, SETTINGS, SYSTEM, system_path};
 use crate::hypervisor::error::HypervisorError;
-use crate::hypervisor::{Defined, NewVm};
+use crate::hypervisor::{Defined, NewVm, Power};
 use crate::lease::Lease;
 
 const SERVICE: &str = "Msvm_VirtualSystemManagementService";
@@ -23,17 +27,78 @@ impl HyperV {
         new: &NewVm,
     ) -> Result<Defined, HypervisorError> {
         let planned = self.import_definition(lease, new).await?;
-        let made = match self.finish_planned(lease, planned, new).await {
-            Ok(made) => made,
+        let finished = self.realize(lease, planned, new).await;
+        let (vm, mut mended) = match finished {
+            Ok(finished) => finished,
             Err(e) => {
                 self.give_up_planned(lease, planned).await;
                 return Err(e);
             }
         };
-        if new.clustered {
-            self.make_highly_available(lease, made).await?;
+        // From here on there is a VM: what fails is told, and the VM stays.
+        if let Err(e) = self.grant(vm, new).await {
+            mended.push(format!(
+                "the VM's account could not be given rights on {} ({e}); if it does not start with \"access denied\", grant \
+                 them: icacls FOLDER /grant \"NT VIRTUAL MACHINE\\{vm}:(OI)(CI)F\" /T",
+                new.folder.display()
+            ));
         }
-        Ok(Defined { vm: made, mended: Vec::new() })
+        if new.discard_saved_state && self.vm_state(vm).await?.vm.power == Power::Saved {
+            self.request_state(lease, vm, TURN_OFF, "discard the saved state of").await?;
+            mended.push("its saved state was discarded: it starts as after a power cut".into());
+        }
+        if new.clustered {
+            match self.make_highly_available(lease, vm, new.group.as_ref()).await {
+                Ok(notes) => mended.extend(notes),
+                Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
+                Err(e) => mended.push(format!("the VM is not highly available: {e}")),
+            }
+        }
+        Ok(Defined { vm, mended })
+    }
+
+    /// Everything short of making the VM real, under a GUID of its own, and back.
+    pub(super) async fn rehearse(&self, lease: &Lease, new: &NewVm) -> Result<(), HypervisorError> {
+        let new = NewVm { keep_guid: false, clustered: false, ..new.clone() };
+        let planned = self.import_definition(lease, &new).await?;
+        let checked = async {
+            self.mend(lease, planned, &new).await?;
+            self.validate(lease, planned).await
+        };
+        let checked = checked.await;
+        self.give_up_planned(lease, planned).await;
+        checked
+    }
+
+    /// Gives the VM's account rights on its files. Blocks elsewhere.
+    async fn grant(&self, vm: VmGuid, new: &NewVm) -> std::io::Result<()> {
+        let (files, folder) = (self.files.clone(), new.folder.clone());
+        tokio::task::spawn_blocking(move || files.grant(vm.0, &folder))
+            .await
+            .unwrap_or_else(|e| Err(std::io::Error::other(e)))
+    }
+
+    /// Removes VMs in the making that lie in a folder: an attempt that died left them.
+    pub(super) async fn forget_planned_in(
+        &self,
+        lease: &Lease,
+        folder: &Path,
+    ) -> Result<(), HypervisorError> {
+        let doing = "look for VMs in the making";
+        for system in self.query(doing, &format!("SELECT * FROM {PLANNED}")).await? {
+            let Some(planned) = wql::named_guid(&system) else { continue };
+            let settings = self
+                .associated(doing, &system.path, "Msvm_SettingsDefineState", SETTINGS)
+                .await
+                // One that arrives in a migration has none here.
+                .unwrap_or_default();
+            let root = settings.first().and_then(|s| s.str("ConfigurationDataRoot"));
+            if root.is_some_and(|root| Path::new(root).starts_with(folder)) {
+                tracing::info!(vm = %planned, "removing a VM in the making that an earlier attempt left");
+                self.give_up_planned(lease, planned).await;
+            }
+        }
+        Ok(())
     }
 
     async fn import_definition(
@@ -49,7 +114,14 @@ impl HyperV {
             method: "ImportSystemDefinition",
             args: vec![
                 ("SystemDefinitionFile", new.definition.display().to_string().into()),
-                ("SnapshotFolder", "".into()),
+                (
+                    "SnapshotFolder",
+                    new.checkpoints
+                        .as_ref()
+                        .map(|f| f.display().to_string())
+                        .unwrap_or_default()
+                        .into(),
+                ),
                 ("GenerateNewSystemIdentifier", (!new.keep_guid).into()),
             ],
         };
@@ -65,73 +137,26 @@ impl HyperV {
         })
     }
 
-    async fn finish_planned(
+    async fn realize(
         &self,
         lease: &Lease,
         planned: VmGuid,
         new: &NewVm,
-    ) -> Result<VmGuid, HypervisorError> {
-        let path = system_path(PLANNED, planned);
-        let reading = "read the planned VM";
-        let mut settings = self
-            .associated(reading, &path, "Msvm_SettingsDefineState", SETTINGS)
-            .await?
-            .into_iter()
-            .next()
-            .ok_or_else(|| odd(reading, "it has no settings"))?;
-        let disks = self
-            .associated(reading, &settings.path, "Msvm_VirtualSystemSettingDataComponent", STORAGE)
-            .await?;
-        let disks = fixed_disks(&disks, new)?;
-        if !disks.is_empty() {
-            self.manage(
-                lease,
-                "set the disks of the planned VM",
-                "ModifyResourceSettings",
-                vec![(
-                    "ResourceSettings",
-                    disks.iter().map(embedded::to_text).collect::<Vec<_>>().into(),
-                )],
-            )
-            .await?;
-        }
-        let folder = new.folder.display().to_string();
-        settings.set("ElementName", new.name.as_str());
-        for root in [
-            "ConfigurationDataRoot",
-            "SnapshotDataRoot",
-            "SwapFileDataRoot",
-            "SuspendDataRoot",
-            "GuestStateDataRoot",
-        ] {
-            settings.set(root, folder.as_str());
-        }
-        let text = embedded::to_text(&settings);
-        self.manage(
-            lease,
-            "name the planned VM",
-            "ModifySystemSettings",
-            vec![("SystemSettings", text.into())],
-        )
-        .await?;
-        let reference = Value::Ref(path);
-        self.manage(
-            lease,
-            "validate the planned VM",
-            "ValidatePlannedSystem",
-            vec![("PlannedSystem", reference.clone())],
-        )
-        .await?;
-        let finished = self
-            .manage(
-                lease,
-                "realize the planned VM",
-                "RealizePlannedSystem",
-                vec![("PlannedSystem", reference)],
-            )
-            .await?;
+    ) -> Result<(VmGuid, Vec<String>), HypervisorError> {
+        let mended = self.mend(lease, planned, new).await?;
+        self.validate(lease, planned).await?;
+        let args = vec![("PlannedSystem", Value::Ref(system_path(PLANNED, planned)))];
+        let finished =
+            self.manage(lease, "realize the planned VM", "RealizePlannedSystem", args).await?;
         // A planned VM keeps its GUID when it becomes real.
-        Ok(finished.affected(SYSTEM).and_then(wql::named_guid).unwrap_or(planned))
+        let vm = finished.affected(SYSTEM).and_then(wql::named_guid).unwrap_or(planned);
+        Ok((vm, mended))
+    }
+
+    async fn validate(&self, lease: &Lease, planned: VmGuid) -> Result<(), HypervisorError> {
+        let args = vec![("PlannedSystem", Value::Ref(system_path(PLANNED, planned)))];
+        self.manage(lease, "validate the planned VM", "ValidatePlannedSystem", args).await?;
+        Ok(())
     }
 
     /// Removes a planned VM that cannot be finished; a failure is logged, the caller has the reason that matters.
@@ -194,27 +219,6 @@ impl HyperV {
             Err(e) => Err(provider(&doing)(e)),
         }
     }
-}
-
-/// The disks' settings with the restored files in them.
-fn fixed_disks(disks: &[Object], new: &NewVm) -> Result<Vec<Object>, HypervisorError> {
-    let mut out = Vec::new();
-    for object in disks.iter().filter(|o| is_virtual_disk(o)) {
-        let slot = object.str("InstanceID").and_then(wql::slot).unwrap_or_default();
-        // With a new GUID the disk part of the slot may be new, too; controller and location are not.
-        let place = |slot: &str| slot.split_once('\\').map(|(_, place)| place.to_ascii_lowercase());
-        let same = new.disks.iter().find(|(s, _)| s.eq_ignore_ascii_case(slot));
-        let file = same
-            .or_else(|| new.disks.iter().find(|(s, _)| place(s) == place(slot)))
-            .map(|(_, file)| file);
-        let file = file.ok_or_else(|| {
-            odd("set the disks of the planned VM", &format!("no restored disk for its slot {slot}"))
-        })?;
-        let mut object = object.clone();
-        object.set("HostResource", vec![file.display().to_string()]);
-        out.push(object);
-    }
-    Ok(out)
 }
 
 fn odd(doing: &str, detail: &str) -> HypervisorError {

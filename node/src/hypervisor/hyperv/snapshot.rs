@@ -151,23 +151,24 @@ impl HyperV {
         &self,
         checkpoint: &Checkpoint,
     ) -> Result<Vec<PathBuf>, HypervisorError> {
-        let settings = self.settings_of(checkpoint).await?;
-        let text = |name| settings.str(name).unwrap_or_default();
-        let definition = joined(text("ConfigurationDataRoot"), text("ConfigurationFile"));
-        let mut found: Vec<PathBuf> = Vec::new();
-        for extension in CONFIG_EXTENSIONS {
-            let file = definition.with_extension(extension);
-            let known = found.iter().any(|f| same_but_for_case(f, &file));
-            if !known && file.is_file() {
-                found.push(file);
-            }
-        }
-        // The guest state may lie elsewhere.
-        let guest_state = joined(text("GuestStateDataRoot"), text("GuestStateFile"));
-        if guest_state.is_file() && !found.iter().any(|f| same_but_for_case(f, &guest_state)) {
-            found.push(guest_state);
-        }
-        Ok(found)
+        Ok(files_of(&self.settings_of(checkpoint).await?))
+    }
+
+    /// Removes a checkpoint of any kind, of a VM or of a planned one.
+    pub(super) async fn destroy_snapshot(
+        &self,
+        lease: &Lease,
+        doing: &str,
+        path: &str,
+    ) -> Result<(), HypervisorError> {
+        let call = Call {
+            doing: doing.to_owned(),
+            service: SERVICE,
+            path: String::new(),
+            method: "DestroySnapshot",
+            args: vec![("AffectedSnapshot", Value::Ref(path.to_owned()))],
+        };
+        self.change(lease, &call).await.map(drop)
     }
 
     pub(super) async fn remove_checkpoint(
@@ -199,6 +200,26 @@ pub(super) fn checkpoint(settings: &Object) -> Option<Checkpoint> {
         name: settings.str("ElementName").unwrap_or_default().to_owned(),
         path: settings.path.clone(),
     })
+}
+
+/// The configuration files that settings (of a VM or a checkpoint) name and that exist.
+pub(super) fn files_of(settings: &Object) -> Vec<PathBuf> {
+    let text = |name| settings.str(name).unwrap_or_default();
+    let definition = joined(text("ConfigurationDataRoot"), text("ConfigurationFile"));
+    let mut found: Vec<PathBuf> = Vec::new();
+    for extension in CONFIG_EXTENSIONS {
+        let file = definition.with_extension(extension);
+        let known = found.iter().any(|f| same_but_for_case(f, &file));
+        if !known && file.is_file() {
+            found.push(file);
+        }
+    }
+    // The guest state may lie elsewhere.
+    let guest_state = joined(text("GuestStateDataRoot"), text("GuestStateFile"));
+    if guest_state.is_file() && !found.iter().any(|f| same_but_for_case(f, &guest_state)) {
+        found.push(guest_state);
+    }
+    found
 }
 
 pub(super) fn is_virtual_disk(settings: &Object) -> bool {

@@ -27,24 +27,36 @@ impl LabFiles {
     pub fn new(addr: impl std::fmt::Display, host: impl Into<String>) -> Self {
         Self { addr: addr.to_string(), host: host.into() }
     }
-}
 
-impl HostFiles for LabFiles {
-    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn HostFile>> {
-        let name = path.to_str().ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{} is no Unicode path", path.display()),
-            )
-        })?;
+    fn link(&self) -> io::Result<Link> {
         let stream = TcpStream::connect(&self.addr)?;
         stream.set_nodelay(true)?;
         let mut link = Link { stream, next_id: 0 };
         link.call(Ask::Hello(Role::Files(self.host.clone())))?;
+        Ok(link)
+    }
+}
+
+impl HostFiles for LabFiles {
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn HostFile>> {
+        let name = unicode(path)?;
+        let mut link = self.link()?;
         link.call(Ask::OpenFile { path: name.to_owned() })?;
         let file = File::open(path)?;
         Ok(Arc::new(LabFile { file, path: path.to_owned(), link: Mutex::new(link) }))
     }
+
+    fn grant(&self, vm: uuid::Uuid, folder: &Path) -> io::Result<()> {
+        let folder = unicode(folder)?.to_owned();
+        self.link()?.call(Ask::Grant { vm: vm.to_string(), folder }).map(drop)
+    }
+}
+
+fn unicode(path: &Path) -> io::Result<&str> {
+    path.to_str().ok_or_else(|| {
+        let text = format!("{} is no Unicode path", path.display());
+        io::Error::new(io::ErrorKind::InvalidInput, text)
+    })
 }
 
 struct LabFile {

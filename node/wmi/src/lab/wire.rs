@@ -63,6 +63,22 @@ pub enum Ask {
         /// Named arguments.
         args: Vec<(String, Value)>,
     },
+    /// Writes properties of an instance.
+    Put {
+        /// Namespace.
+        namespace: String,
+        /// Object path.
+        path: String,
+        /// Properties.
+        properties: Vec<(String, Value)>,
+    },
+    /// Gives a VM's account rights on a folder.
+    Grant {
+        /// The VM's GUID.
+        vm: String,
+        /// The folder.
+        folder: String,
+    },
     /// An event subscription.
     Subscribe {
         /// Namespace.

@@ -137,10 +137,27 @@ fn group(state: &State, vm: &Vm) -> Object {
         .with("Id", derived(vm.id, 1))
         .with("GroupType", 111_u32)
         .with("State", u32::from(vm.power == Power::Off || vm.power == Power::Saved))
+        .with("AntiAffinityClassNames", vm.group.anti_affinity.clone())
         .with("OwnerNode", vm.owner.as_deref().unwrap_or_default())
         .with("StatusInformation", vm.shape.group_status | if queued { 4 } else { 0 })
-        .with("Priority", 2000_u32)
-        .with("PersistentState", vm.power == Power::Running)
+        .with_settings(vm)
+}
+
+trait WithSettings {
+    fn with_settings(self, vm: &Vm) -> Self;
+}
+
+impl WithSettings for Object {
+    /// The numbers that an administrator may set.
+    fn with_settings(mut self, vm: &Vm) -> Self {
+        for (name, value) in &vm.group.values {
+            match name.as_str() {
+                "PersistentState" => self.set(name, *value != 0),
+                _ => self.set(name, *value),
+            }
+        }
+        self
+    }
 }
 
 fn resources(state: &State, vm: &Vm) -> [Object; 2] {

@@ -5,6 +5,7 @@ use std::path::MAIN_SEPARATOR;
 use outrider_wmi::{Object, Value};
 use uuid::Uuid;
 
+use super::devices;
 use super::facts::{self, COMPONENTS, integration, summary};
 use crate::import::{CHECKPOINT_FOLDER, VM_FOLDER};
 use crate::jobs::{COMPLETED, Job, RUNNING, WARNINGS};
@@ -17,12 +18,13 @@ pub(super) const RASD: &str = "Msvm_ResourceAllocationSettingData";
 const REFERENCE_POINT: &str = "Msvm_VirtualSystemReferencePoint";
 
 /// The services: class and name of each.
-const SERVICES: [(&str, &str); 5] = [
+const SERVICES: [(&str, &str); 6] = [
     ("Msvm_VirtualSystemManagementService", "vmms"),
     ("Msvm_VirtualSystemSnapshotService", "vssnapsvc"),
     ("Msvm_VirtualSystemReferencePointService", "vsrpsvc"),
     ("Msvm_ImageManagementService", "imagesvc"),
     ("Msvm_VirtualSystemMigrationService", "vsmigrationsvc"),
+    ("Msvm_SecurityService", "securitysvc"),
 ];
 
 pub(super) fn instances(state: &State, host: &str, class: &str) -> Option<Vec<Object>> {
@@ -50,14 +52,24 @@ pub(super) fn instances(state: &State, host: &str, class: &str) -> Option<Vec<Ob
             all.extend(vm.checkpoints.iter().map(|c| checkpoint_settings(vm, c)));
             all
         };
-        here()
-            .flat_map(of_vm)
-            .chain(planned().map(|vm| active_settings(vm, "Microsoft:Hyper-V:System:Planned")))
-            .collect()
+        let of_planned = |vm: &Vm| {
+            let mut all = vec![active_settings(vm, "Microsoft:Hyper-V:System:Planned")];
+            all.extend(vm.checkpoints.iter().map(|c| planned_checkpoint(vm, c)));
+            all
+        };
+        let definitions = state.hosts.get(host).map(devices::definitions).unwrap_or_default();
+        here().flat_map(of_vm).chain(planned().flat_map(of_planned)).chain(definitions).collect()
     } else if is(SASD) {
-        here().chain(planned()).flat_map(all_disks).filter(|o| o.class == SASD).collect()
+        here().chain(planned()).flat_map(all_parts).filter(|o| o.class == SASD).collect()
     } else if is(RASD) {
-        here().chain(planned()).flat_map(all_disks).filter(|o| o.class == RASD).collect()
+        here().chain(planned()).flat_map(all_parts).filter(|o| o.class == RASD).collect()
+    } else if is(devices::PORT) || is(devices::CONNECTION) || is(devices::SECURITY) {
+        let parts = here().chain(planned()).flat_map(devices::all);
+        parts.filter(|o| o.class.eq_ignore_ascii_case(class)).collect()
+    } else if is(devices::SWITCH) {
+        state.hosts.get(host).map(devices::switches).unwrap_or_default()
+    } else if is(devices::CAPABILITIES) {
+        vec![devices::capabilities()]
     } else if is("Msvm_ConcreteJob") {
         state.jobs.values().filter(|j| j.host == host).map(job).collect()
     } else if is(REFERENCE_POINT) {
@@ -85,7 +97,9 @@ pub(super) fn associated(state: &State, host: &str, source: &Object, assoc: &str
                     out.push(active_settings(vm, &format!("Microsoft:Hyper-V:System:{kind}")));
                 }
                 if is("Msvm_SnapshotOfVirtualSystem") {
-                    out.extend(vm.checkpoints.iter().map(|c| checkpoint_settings(vm, c)));
+                    let planned = state.planned.contains_key(&vm.id);
+                    let settings = if planned { planned_checkpoint } else { checkpoint_settings };
+                    out.extend(vm.checkpoints.iter().map(|c| settings(vm, c)));
                 }
                 if is("Msvm_LastAppliedSnapshot") {
                     let applied = vm.checkpoints.iter().filter(|c| Some(c.id) == vm.last_applied);
@@ -108,7 +122,7 @@ pub(super) fn associated(state: &State, host: &str, source: &Object, assoc: &str
                 let prefix = format!("{id}\\");
                 let of_settings =
                     |o: &Object| o.str("InstanceID").is_some_and(|i| i.starts_with(&prefix));
-                out.extend(with_planned().flat_map(all_disks).filter(of_settings));
+                out.extend(with_planned().flat_map(all_parts).filter(of_settings));
             }
             let owner =
                 all_vms().find(|vm| source.str("VirtualSystemIdentifier") == Some(&vm.guid()));
@@ -118,6 +132,9 @@ pub(super) fn associated(state: &State, host: &str, source: &Object, assoc: &str
             {
                 out.extend(owner.map(computer_system));
             }
+        }
+        devices::CAPABILITIES if is("Msvm_SettingsDefineCapabilities") => {
+            out.extend(state.hosts.get(host).map(devices::definitions).unwrap_or_default());
         }
         REFERENCE_POINT if is("Msvm_ReferencePointOfVirtualSystem") => {
             let owner = |vm: &&Vm| source.str("VirtualSystemIdentifier") == Some(&vm.guid());
@@ -193,6 +210,9 @@ pub(crate) fn checkpoint_path(id: Uuid) -> String {
 fn settings(vm: &Vm, id: Uuid, kind: &str, folder: &str) -> Object {
     let file = |extension: &str| format!("{folder}{MAIN_SEPARATOR}{}.{extension}", guid(id));
     let root = vm.folder.display().to_string();
+    let other = |root: &Option<std::path::PathBuf>| {
+        root.as_ref().unwrap_or(&vm.folder).display().to_string()
+    };
     Object::new(VSSD, checkpoint_path(id))
         .with("InstanceID", settings_id(id))
         .with("VirtualSystemIdentifier", vm.guid())
@@ -203,9 +223,9 @@ fn settings(vm: &Vm, id: Uuid, kind: &str, folder: &str) -> Object {
         .with("ConfigurationFile", file("vmcx"))
         .with("GuestStateDataRoot", root.as_str())
         .with("GuestStateFile", file("vmgs"))
-        .with("SnapshotDataRoot", root.as_str())
-        .with("SuspendDataRoot", root.as_str())
-        .with("SwapFileDataRoot", root.as_str())
+        .with("SnapshotDataRoot", other(&vm.hardware.snapshot_root))
+        .with("SuspendDataRoot", other(&vm.hardware.suspend_root))
+        .with("SwapFileDataRoot", other(&vm.hardware.swap_root))
         .with("Version", vm.version.as_str())
         .with("UserSnapshotType", vm.shape.user_snapshot_type)
         .with("IncrementalBackupEnabled", false)
@@ -230,6 +250,13 @@ fn checkpoint_settings(vm: &Vm, c: &Checkpoint) -> Object {
         Some(parent) => object.with("Parent", checkpoint_path(parent)),
         None => object,
     }
+}
+
+/// A checkpoint of a planned VM.
+fn planned_checkpoint(vm: &Vm, c: &Checkpoint) -> Object {
+    let kind = if c.missing { "Missing" } else { "Planned" };
+    checkpoint_settings(vm, c)
+        .with("VirtualSystemType", format!("Microsoft:Hyper-V:Snapshot:{kind}"))
 }
 
 /// InstanceID of a disk's SASD in the settings `config` (VM or checkpoint).
@@ -276,6 +303,18 @@ fn disk_settings(config: Uuid, disk: &Disk, path: Option<&std::path::Path>) -> V
         .with("PersistentReservationsSupported", false)
         .with("CachingMode", 2_u16);
     vec![slot.with("ResourceSubType", "Microsoft:Hyper-V:Synthetic Disk Drive"), disk]
+}
+
+/// Object path of a disk's settings.
+pub(crate) fn disk_path(config: Uuid, disk: &Disk) -> String {
+    path_of(SASD, &[("InstanceID", &sasd_id(config, disk))])
+}
+
+/// Everything that the active settings and every checkpoint consist of.
+fn all_parts(vm: &Vm) -> Vec<Object> {
+    let mut parts = all_disks(vm);
+    parts.extend(devices::all(vm));
+    parts
 }
 
 /// Drives and disks of the active settings and of every checkpoint.

@@ -30,6 +30,17 @@ impl Args {
         self.0.bool(name).unwrap_or_default()
     }
 
+    /// An array of bytes.
+    pub(crate) fn bytes(&self, name: &str) -> Vec<u8> {
+        let bytes = self.0.array(name).iter().filter_map(Value::as_u64);
+        bytes.filter_map(|b| u8::try_from(b).ok()).collect()
+    }
+
+    /// Texts in an array, references included.
+    pub(crate) fn text_array(&self, name: &str) -> Vec<String> {
+        self.0.array(name).iter().filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+
     /// An embedded instance; `None` when the argument is absent or empty.
     pub(crate) fn embedded(&self, name: &str) -> Result<Option<Object>, Refusal> {
         if let Value::Object(o) = self.0.get(name) {
@@ -98,6 +109,13 @@ impl State {
         let mut here = self.vms.values().filter(|vm| vm.host == host);
         here.find_map(|vm| Some((vm, vm.checkpoints.iter().find(|c| c.id == id)?)))
             .ok_or_else(|| not_found(reference))
+    }
+
+    /// A checkpoint of a planned VM on this host, by reference: VM and checkpoint.
+    pub(crate) fn planned_checkpoint(&self, host: &str, reference: &str) -> Option<(Uuid, Uuid)> {
+        let id = key_guid(reference, false)?;
+        let mut here = self.planned.values().filter(|vm| vm.host == host);
+        here.find(|vm| vm.checkpoints.iter().any(|c| c.id == id)).map(|vm| (vm.id, id))
     }
 
     /// A reference point of a VM on this host, by reference.

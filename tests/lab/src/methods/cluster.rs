@@ -11,6 +11,7 @@ use crate::classes;
 use crate::cluster::Cluster;
 use crate::control::MigrationKind;
 use crate::error::LabError;
+use crate::hardware::GroupSettings;
 use crate::host;
 use crate::migrate;
 use crate::model::{CREATED, DELETED, Power, State, Vm};
@@ -19,6 +20,8 @@ use crate::model::{CREATED, DELETED, Power, State, Vm};
 const BAD_PARAMETER: u32 = 87;
 const NO_GROUP: u32 = 5013;
 const EXISTS: u32 = 5010;
+/// A resource of the group is locked.
+const LOCKED: u32 = 5960;
 
 pub(super) async fn call(
     cluster: &Arc<Cluster>,
@@ -36,24 +39,40 @@ pub(super) async fn call(
             power(cluster, call, group, Power::Running).await
         }
         ("MSCluster_ResourceGroup", "TakeOffline") => power(cluster, call, group, Power::Off).await,
-        ("MSCluster_Resource", "BringOnline") => {
+        ("MSCluster_Resource", "BringOnline") if is_vm(target) => {
             power(cluster, call, vm_of_resource(cluster, target), Power::Running).await
         }
-        ("MSCluster_Resource", "TakeOffline") => {
+        ("MSCluster_Resource", "TakeOffline") if is_vm(target) => {
             let vm = vm_of_resource(cluster, target);
             let wanted = cluster.read(|s| vm.and_then(|id| s.vms.get(&id)).map(offline));
             power(cluster, call, vm, wanted.unwrap_or(Power::Off)).await
+        }
+        ("MSCluster_ResourceGroup", "GetPreferredOwners") => {
+            let owners = cluster.read(|s| {
+                let vm = group.and_then(|id| s.vms.get(&id));
+                vm.map(|vm| vm.group.preferred_owners.clone()).unwrap_or_default()
+            });
+            Ok(Outcome::code(0).with("NodeNames", owners))
+        }
+        ("MSCluster_ResourceGroup", "SetPreferredOwners") => {
+            let owners = call.args.text_array("NodeNames");
+            Ok(Outcome::code(cluster.change(|s| {
+                let Some(vm) = group.and_then(|id| s.vms.get_mut(&id)) else { return NO_GROUP };
+                vm.group.preferred_owners = owners;
+                0
+            })))
         }
         ("MSCluster_Resource", "UpdateVirtualMachine") => Ok(Outcome::code(0)),
         _ => return None,
     })
 }
 
-/// The VM that a resource of type "Virtual Machine" is.
+fn is_vm(resource: &Object) -> bool {
+    resource.str("Type") == Some("Virtual Machine")
+}
+
+/// The VM that a resource is of.
 fn vm_of_resource(cluster: &Cluster, target: &Object) -> Option<Uuid> {
-    if target.str("Type") != Some("Virtual Machine") {
-        return None;
-    }
     let id = target.object("PrivateProperties")?.str("VmID")?.parse().ok()?;
     cluster.read(|s| s.vms.contains_key(&id)).then_some(id)
 }
@@ -67,7 +86,7 @@ fn offline(vm: &Vm) -> Power {
     }
 }
 
-fn vm_of_group(s: &State, target: &Object) -> Option<Uuid> {
+pub(super) fn vm_of_group(s: &State, target: &Object) -> Option<Uuid> {
     let is = |id: &&Uuid| classes::group_objects(s, **id).iter().any(|o| o.path == target.path);
     s.vms.keys().find(is).copied()
 }
@@ -81,6 +100,7 @@ fn add(cluster: &Cluster, call: &Call) -> u32 {
             return EXISTS;
         }
         vm.owner = Some(vm.host.clone());
+        vm.group = GroupSettings::default();
         let id = vm.id;
         for object in classes::group_objects(s, id) {
             s.notify(None, CREATED, object, None);
@@ -121,6 +141,17 @@ async fn power(
     wanted: Power,
 ) -> Result<Outcome, Refusal> {
     let Some(vm) = vm else { return Ok(Outcome::code(NO_GROUP)) };
+    let locked = cluster.change(|s| {
+        let Ok(found) = s.vm_mut(vm) else { return true };
+        if found.busy.is_some() || found.migration.is_some() {
+            return true;
+        }
+        found.group.offline = wanted != Power::Running;
+        false
+    });
+    if locked {
+        return Ok(Outcome::code(LOCKED));
+    }
     let inner = cluster.clone();
     let done = cluster.blocking(move || host::power(&inner, vm, wanted)).await;
     match done.and_then(|r| r) {

@@ -124,6 +124,18 @@ fn begin(
 }
 
 fn destroy(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
+    let reference = call.args.str("AffectedSnapshot");
+    if let Some((vm, checkpoint)) = cluster.read(|s| s.planned_checkpoint(&call.host, reference)) {
+        let job = cluster.change(|s| s.begin_job(&call.host, Some(vm), &call.method, 72, None));
+        return Ok(Outcome::job(cluster.run_job(job, move |cluster| {
+            cluster.change(|s| {
+                if let Some(planned) = s.planned.get_mut(&vm) {
+                    planned.checkpoints.retain(|c| c.id != checkpoint);
+                }
+            });
+            Ok(Vec::new())
+        })));
+    }
     let begun = cluster.change(|s| {
         begin(s, call, "AffectedSnapshot", 72, Busy::DeletingCheckpoint, |_, _| None)
     })?;

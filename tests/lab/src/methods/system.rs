@@ -10,11 +10,13 @@ use uuid::Uuid;
 use super::{Call, INVALID, Outcome};
 use crate::classes;
 use crate::cluster::Cluster;
+use crate::hardware::Port;
 use crate::host;
 use crate::host_path::host_path;
 use crate::import;
 use crate::jobs::JobError;
-use crate::model::{Busy, CREATED, Disk, Power, Vm, guid};
+use crate::model::{Busy, CREATED, Disk, Power, State, Vm, guid};
+use crate::wql::ObjectPath;
 
 const PLANNED: &str = "Msvm_PlannedComputerSystem";
 
@@ -22,6 +24,8 @@ pub(super) fn call(cluster: &Arc<Cluster>, call: &Call) -> Option<Result<Outcome
     Some(match call.method.as_str() {
         "DefineSystem" => define(cluster, call),
         "ImportSystemDefinition" => import_definition(cluster, call),
+        "ImportSnapshotDefinitions" => import_checkpoints(cluster, call),
+        "RemoveResourceSettings" => remove_resources(cluster, call),
         "ValidatePlannedSystem" => validate(cluster, call),
         "RealizePlannedSystem" => realize(cluster, call),
         "DestroySystem" => destroy(cluster, call),
@@ -90,12 +94,68 @@ fn host_resource(settings: &Object) -> Option<PathBuf> {
 
 fn import_definition(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
     let file = host_path(call.args.str("SystemDefinitionFile"));
+    let snapshots = match call.args.str("SnapshotFolder") {
+        "" => PathBuf::new(),
+        folder => host_path(folder),
+    };
     let new_id = call.args.bool("GenerateNewSystemIdentifier");
     let job = cluster.change(|s| s.begin_job(&call.host, None, &call.method, 61, None));
     let host = call.host.clone();
     Ok(Outcome::job(cluster.run_job(job, move |cluster| {
-        let id = import::import(cluster, &host, &file, new_id)?;
+        let id = import::import(cluster, &host, &file, &snapshots, new_id)?;
         Ok(vec![classes::system_path(PLANNED, &guid(id))])
+    })))
+}
+
+fn import_checkpoints(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
+    let id = cluster
+        .read(|s| s.planned_by_ref(&call.host, call.args.str("PlannedSystem")).map(|vm| vm.id))?;
+    let folder = host_path(call.args.str("SnapshotFolder"));
+    let job = cluster.change(|s| s.begin_job(&call.host, Some(id), &call.method, 61, None));
+    Ok(Outcome::job(
+        cluster.run_job(job, move |cluster| import::import_checkpoints(cluster, id, &folder)),
+    ))
+}
+
+/// Takes an image out of its drive, or the connection from an adapter: of a planned VM.
+fn remove_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
+    let ids: Vec<String> = call
+        .args
+        .text_array("ResourceSettings")
+        .iter()
+        .filter_map(|path| Some(ObjectPath::parse(path)?.key("InstanceID")?.to_owned()))
+        .collect();
+    let parts = |id: &str| -> Option<(Uuid, Uuid)> {
+        let mut parts = id.strip_prefix("Microsoft:")?.split('\\');
+        Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    };
+    let parsed: Option<Vec<(Uuid, Uuid)>> = ids.iter().map(|id| parts(id)).collect();
+    let Some(parsed) = parsed.filter(|p| !p.is_empty()) else {
+        return Ok(Outcome::code(INVALID));
+    };
+    let vm = parsed[0].0;
+    let begun = cluster.change(|s| {
+        s.planned
+            .get(&vm)
+            .is_some_and(|p| p.host == call.host)
+            .then(|| s.begin_job(&call.host, Some(vm), &call.method, 20, None))
+    });
+    let Some(job) = begun else { return Ok(Outcome::code(INVALID)) };
+    Ok(Outcome::job(cluster.run_job(job, move |cluster| {
+        cluster.change(|s| {
+            let Some(planned) = s.planned.get_mut(&vm) else {
+                return Err(JobError::new(32773, "no such planned VM"));
+            };
+            for (_, part) in &parsed {
+                for drive in planned.hardware.drives.iter_mut().filter(|d| d.id == *part) {
+                    drive.image = None;
+                }
+                for nic in planned.hardware.nics.iter_mut().filter(|n| n.id == *part) {
+                    nic.port = None;
+                }
+            }
+            Ok(Vec::new())
+        })
     })))
 }
 
@@ -190,6 +250,17 @@ fn modify_settings(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refus
             if let Some(planned) = s.planned.get_mut(&id) {
                 planned.name = name.unwrap_or_else(|| planned.name.clone());
                 planned.folder = root.unwrap_or_else(|| planned.folder.clone());
+                let hardware = &mut planned.hardware;
+                for (property, slot) in [
+                    ("SnapshotDataRoot", &mut hardware.snapshot_root),
+                    ("SwapFileDataRoot", &mut hardware.swap_root),
+                    ("SuspendDataRoot", &mut hardware.suspend_root),
+                ] {
+                    if let Some(root) = settings.str(property) {
+                        let root = host_path(root);
+                        *slot = (root != planned.folder).then_some(root);
+                    }
+                }
                 return Ok(Vec::new());
             }
             let found = s.vm_mut(vm)?;
@@ -219,12 +290,15 @@ fn modify_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refu
             .first()
             .and_then(|p| p.parse::<Uuid>().ok())
             .zip(parts.get(1).and_then(|p| p.parse::<Uuid>().ok()));
-        let (Some((vm, disk)), Some(path)) = (ids, host_resource(resource)) else {
-            return Ok(Outcome::code(INVALID));
-        };
-        changes.push((vm, disk, path));
+        let Some((config, part)) = ids else { return Ok(Outcome::code(INVALID)) };
+        changes.push((config, part, resource.clone()));
     }
-    let Some(vm) = changes.first().map(|c| c.0) else { return Ok(Outcome::code(INVALID)) };
+    let Some(config) = changes.first().map(|c| c.0) else { return Ok(Outcome::code(INVALID)) };
+    // The settings may be those of a planned VM's checkpoint.
+    let vm = cluster.read(|s| {
+        let of = |vm: &&Vm| vm.id == config || vm.checkpoints.iter().any(|c| c.id == config);
+        s.planned.values().find(of).map_or(config, |vm| vm.id)
+    });
     let begun = cluster.change(|s| {
         if s.planned.get(&vm).is_some_and(|p| p.host == call.host) {
             return Ok(s.begin_job(&call.host, Some(vm), &call.method, 20, None));
@@ -247,20 +321,53 @@ fn modify_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refu
     Ok(Outcome::job(cluster.run_job(job, move |cluster| {
         if cluster.read(|s| s.planned.contains_key(&vm)) {
             return cluster.change(|s| {
-                let disks = s.planned.get_mut(&vm).map(|p| &mut p.disks);
-                for disk in disks.into_iter().flatten() {
-                    if let Some((_, _, path)) = changes.iter().find(|c| c.1 == disk.id) {
-                        disk.chain = vec![path.clone()];
-                    }
+                for (config, part, settings) in &changes {
+                    modify_planned(s, vm, *config, *part, settings)?;
                 }
                 Ok(Vec::new())
             });
         }
-        for (_, disk, path) in &changes {
-            crate::steer::replace_file(cluster, vm, *disk, path)?;
+        for (_, disk, settings) in &changes {
+            let path = host_resource(settings)
+                .ok_or_else(|| JobError::new(32773, "no file for the disk"))?;
+            crate::steer::replace_file(cluster, vm, *disk, &path)?;
         }
         Ok(Vec::new())
     })))
+}
+
+/// Changes one disk, adapter connection or drive of a planned VM.
+fn modify_planned(
+    s: &mut State,
+    vm: Uuid,
+    config: Uuid,
+    part: Uuid,
+    settings: &Object,
+) -> Result<(), JobError> {
+    let host = s.planned.get(&vm).and_then(|p| s.hosts.get(&p.host));
+    let switches = host.map(|h| h.equipment.switches.clone()).unwrap_or_default();
+    let gone = || JobError::new(32773, "no such part of the planned VM");
+    let planned = s.planned.get_mut(&vm).ok_or_else(gone)?;
+    if let Some(nic) = planned.hardware.nics.iter_mut().find(|n| n.id == part) {
+        let asked = settings.array("HostResource").first().and_then(Value::as_str);
+        let id = asked.and_then(classes::switch_of);
+        let found = switches.iter().find(|s| Some(s.id) == id);
+        let enabled = settings.u64("EnabledState") != Some(3);
+        nic.port = match found {
+            Some(found) => Some(Port { switch: found.id, name: found.name.clone(), enabled }),
+            None => nic.port.take().map(|port| Port { enabled, ..port }),
+        };
+        return Ok(());
+    }
+    let path = host_resource(settings).ok_or_else(gone)?;
+    if config != vm {
+        let checkpoint = planned.checkpoints.iter_mut().find(|c| c.id == config);
+        let disk = checkpoint.and_then(|c| c.disks.iter_mut().find(|d| d.disk == part));
+        disk.ok_or_else(gone)?.path = path;
+        return Ok(());
+    }
+    planned.disks.iter_mut().find(|d| d.id == part).ok_or_else(gone)?.chain = vec![path];
+    Ok(())
 }
 
 fn request_state(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
@@ -277,6 +384,14 @@ fn request_state(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal
             return Ok(Err(super::WRONG_STATE));
         }
         let id = vm.id;
+        let stops = vm.power.holds_disks() && matches!(wanted, Power::Off | Power::Saved);
+        if stops
+            && vm.owner.is_some()
+            && !vm.group.offline
+            && let Some(vm) = s.vms.get_mut(&id)
+        {
+            vm.cluster_failures += 1;
+        }
         Ok::<_, Refusal>(Ok((
             id,
             s.begin_job(&call.host, Some(id), &call.method, 4, Some(Busy::Modifying)),

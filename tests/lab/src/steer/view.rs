@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::cluster::Cluster;
 use crate::control::{
-    CheckpointState, DiskState, HostState, LabState, ReferencePointState, VmState, WaitFor,
+    CheckpointState, DiskState, GroupSetup, HostState, LabState, ReferencePointState, VmState,
+    WaitFor,
 };
 use crate::error::LabError;
 use crate::faults::Progress;
@@ -25,6 +26,7 @@ pub(super) fn describe(s: &State) -> LabState {
         hosts: hosts.collect(),
         vms,
         checkpoint_on_migration: s.switch,
+        planned: s.planned.values().map(|vm| (vm.host.clone(), vm.name.clone())).collect(),
     }
 }
 
@@ -65,6 +67,27 @@ pub(super) fn describe_vm(s: &State) -> impl Fn(&Vm) -> VmState + '_ {
         }),
         migrating: vm.migration.is_some(),
         busy: vm.busy.is_some(),
+        nics: vm
+            .hardware
+            .nics
+            .iter()
+            .map(|n| {
+                let port = n.port.as_ref().filter(|p| p.enabled);
+                (n.name.clone(), port.map(|p| p.name.clone()))
+            })
+            .collect(),
+        images: vm.hardware.drives.iter().filter_map(|d| d.image.clone()).collect(),
+        folders: [None, Some(&vm.hardware.snapshot_root), Some(&vm.hardware.swap_root)]
+            .into_iter()
+            .map(|root| root.and_then(Option::as_ref).unwrap_or(&vm.folder).clone())
+            .collect(),
+        rights: vm.rights,
+        group: vm.owner.as_ref().map(|_| GroupSetup {
+            values: vm.group.values.clone(),
+            anti_affinity: vm.group.anti_affinity.clone(),
+            preferred_owners: vm.group.preferred_owners.clone(),
+        }),
+        cluster_failures: vm.cluster_failures,
     }
 }
 

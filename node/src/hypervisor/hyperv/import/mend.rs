@@ -1,0 +1,354 @@
+//! What commonly stops a restored VM from starting, mended while it is only planned (R5; facts, section 9.3 steps 3 to 7).
+//! Each mended thing is one sentence of the report.
+
+use std::path::Path;
+
+use outrider_proto::ids::VmGuid;
+use outrider_proto::manifest::Switch;
+use outrider_wmi::{Object, Value, embedded};
+use uuid::Uuid;
+
+use super::odd;
+use crate::hypervisor::error::HypervisorError;
+use crate::hypervisor::hyperv::HyperV;
+use crate::hypervisor::hyperv::machine::{
+    CONNECTION, DISABLED, PORT, asked_switch, is_image, switch_path,
+};
+use crate::hypervisor::hyperv::snapshot::is_virtual_disk;
+use crate::hypervisor::hyperv::wql::{self, PLANNED, SETTINGS, literal, system_path};
+use crate::hypervisor::{Networks, NewVm};
+use crate::lease::Lease;
+
+const COMPONENT: &str = "Msvm_VirtualSystemSettingDataComponent";
+const MISSING: &str = "Microsoft:Hyper-V:Snapshot:Missing";
+/// Folders of a VM: property, and what it is for.
+const ROOTS: [(&str, &str); 5] = [
+    ("ConfigurationDataRoot", "configuration folder"),
+    ("SnapshotDataRoot", "checkpoint folder"),
+    ("SwapFileDataRoot", "Smart Paging folder"),
+    ("SuspendDataRoot", "saved state folder"),
+    ("GuestStateDataRoot", "guest state folder"),
+];
+
+impl HyperV {
+    /// Fits a planned VM to this host; gives what was mended.
+    pub(super) async fn mend(
+        &self,
+        lease: &Lease,
+        planned: VmGuid,
+        new: &NewVm,
+    ) -> Result<Vec<String>, HypervisorError> {
+        let reading = "read the planned VM";
+        let path = system_path(PLANNED, planned);
+        let settings = self
+            .associated(reading, &path, "Msvm_SettingsDefineState", SETTINGS)
+            .await?
+            .into_iter()
+            .next()
+            .ok_or_else(|| odd(reading, "it has no settings"))?;
+        let parts = self.associated(reading, &settings.path, COMPONENT, "").await?;
+        let mut mended = Vec::new();
+
+        let disks = fixed_disks(&parts, |slot| file_for(&new.disks, slot))?;
+        self.modify(lease, "set the disks of the planned VM", &disks).await?;
+        self.mend_checkpoints(lease, planned, new, &mut mended).await?;
+        let connections = connections(&parts, &self.switches().await?, new, &mut mended)?;
+        self.modify(lease, "connect the adapters of the planned VM", &connections).await?;
+        let missing: Vec<&Object> = parts.iter().filter(|o| is_missing_image(o)).collect();
+        for image in &missing {
+            let file = image.array("HostResource").first().and_then(Value::as_str);
+            mended.push(format!(
+                "the image {:?} is not there for this host: it was ejected",
+                file.unwrap_or_default()
+            ));
+        }
+        if !missing.is_empty() {
+            let paths: Vec<Value> = missing.iter().map(|o| Value::Ref(o.path.clone())).collect();
+            let args = vec![("ResourceSettings", Value::Array(paths))];
+            self.manage(lease, "eject missing images", "RemoveResourceSettings", args).await?;
+        }
+        let settings = rooted(settings, new, &mut mended);
+        let args = vec![("SystemSettings", embedded::to_text(&settings).into())];
+        self.manage(lease, "name the planned VM", "ModifySystemSettings", args).await?;
+        Ok(mended)
+    }
+
+    async fn modify(
+        &self,
+        lease: &Lease,
+        doing: &str,
+        settings: &[Object],
+    ) -> Result<(), HypervisorError> {
+        if settings.is_empty() {
+            return Ok(());
+        }
+        let texts: Vec<String> = settings.iter().map(embedded::to_text).collect();
+        let args = vec![("ResourceSettings", texts.into())];
+        self.manage(lease, doing, "ModifyResourceSettings", args).await?;
+        Ok(())
+    }
+
+    async fn checkpoints_of_planned(
+        &self,
+        planned: VmGuid,
+    ) -> Result<Vec<Object>, HypervisorError> {
+        let wql = format!(
+            "SELECT * FROM {SETTINGS} WHERE VirtualSystemIdentifier={}",
+            literal(&wql::guid(planned.0))
+        );
+        let mut found = self.query("list the checkpoints of the planned VM", &wql).await?;
+        found.retain(|o| o.str("VirtualSystemType").is_some_and(|t| t.contains(":Snapshot:")));
+        Ok(found)
+    }
+
+    /// Checkpoints that are not restored are taken out: realizing fails for the first one that is missing.
+    async fn mend_checkpoints(
+        &self,
+        lease: &Lease,
+        planned: VmGuid,
+        new: &NewVm,
+        mended: &mut Vec<String>,
+    ) -> Result<(), HypervisorError> {
+        let mut found = self.checkpoints_of_planned(planned).await?;
+        let is_missing = |o: &Object| o.str("VirtualSystemType") == Some(MISSING);
+        if let Some(folder) = &new.checkpoints
+            && found.iter().any(is_missing)
+        {
+            let args = vec![
+                ("PlannedSystem", Value::Ref(system_path(PLANNED, planned))),
+                ("SnapshotFolder", folder.display().to_string().into()),
+            ];
+            let doing = "import the checkpoints of the planned VM";
+            self.manage(lease, doing, "ImportSnapshotDefinitions", args).await?;
+            found = self.checkpoints_of_planned(planned).await?;
+        }
+        for settings in found {
+            let name = settings.str("ElementName").unwrap_or_default();
+            let known = new.checkpoints.is_some() && !is_missing(&settings);
+            if known && let Some(id) = wql::settings_guid(&settings) {
+                self.fix_checkpoint(lease, &settings, id, new).await?;
+                continue;
+            }
+            let doing = format!("take the checkpoint {name:?} out of the planned VM");
+            self.destroy_snapshot(lease, &doing, &settings.path).await?;
+            mended.push(match new.checkpoints {
+                None => format!(
+                    "the checkpoint {name:?} was not restored: the VM has the state of the recovery point"
+                ),
+                Some(_) => {
+                    format!("the checkpoint {name:?} is not in the recovery point: it was removed")
+                }
+            });
+        }
+        Ok(())
+    }
+
+    async fn fix_checkpoint(
+        &self,
+        lease: &Lease,
+        settings: &Object,
+        id: Uuid,
+        new: &NewVm,
+    ) -> Result<(), HypervisorError> {
+        let reading = "read a checkpoint of the planned VM";
+        let parts = self.associated(reading, &settings.path, COMPONENT, "").await?;
+        let of_it: Vec<(String, std::path::PathBuf)> = new
+            .checkpoint_disks
+            .iter()
+            .filter(|(checkpoint, ..)| *checkpoint == id)
+            .map(|(_, slot, file)| (slot.clone(), file.clone()))
+            .collect();
+        let disks = fixed_disks(&parts, |slot| file_for(&of_it, slot))?;
+        self.modify(lease, "set the disks of a checkpoint of the planned VM", &disks).await
+    }
+}
+
+/// The restored file of a slot. With a new GUID the disk part of the slot may be new, too; controller and location are not.
+fn file_for<'a>(disks: &'a [(String, std::path::PathBuf)], slot: &str) -> Option<&'a Path> {
+    let place = |slot: &str| slot.split_once('\\').map(|(_, place)| place.to_ascii_lowercase());
+    let same = disks.iter().find(|(s, _)| s.eq_ignore_ascii_case(slot));
+    same.or_else(|| disks.iter().find(|(s, _)| place(s) == place(slot)))
+        .map(|(_, file)| file.as_path())
+}
+
+/// The disks' settings with the restored files in them.
+fn fixed_disks<'a>(
+    parts: &[Object],
+    file: impl Fn(&str) -> Option<&'a Path>,
+) -> Result<Vec<Object>, HypervisorError> {
+    let mut out = Vec::new();
+    for object in parts.iter().filter(|o| is_virtual_disk(o)) {
+        let slot = object.str("InstanceID").and_then(wql::slot).unwrap_or_default();
+        let file = file(slot).ok_or_else(|| {
+            odd("set the disks of the planned VM", &format!("no restored disk for its slot {slot}"))
+        })?;
+        let mut object = object.clone();
+        object.set("HostResource", vec![file.display().to_string()]);
+        out.push(object);
+    }
+    Ok(out)
+}
+
+fn is_missing_image(settings: &Object) -> bool {
+    is_image(settings)
+        && settings
+            .array("HostResource")
+            .first()
+            .and_then(Value::as_str)
+            .is_some_and(|file| !file.is_empty() && !Path::new(file).exists())
+}
+
+/// How one connection is made.
+#[derive(Debug, PartialEq, Eq)]
+enum Way<'a> {
+    /// As it is: the switch is there.
+    Same,
+    /// To this switch.
+    To(&'a Switch),
+    /// Not at all.
+    Off,
+}
+
+fn find<'a>(switches: &'a [Switch], wanted: &str) -> Option<&'a Switch> {
+    let by_id = switches.iter().find(|s| s.id.eq_ignore_ascii_case(wanted));
+    by_id.or_else(|| switches.iter().find(|s| s.name == wanted))
+}
+
+/// A choice, else the same GUID, else the same name, else nothing.
+fn way<'a>(
+    asked: &Switch,
+    switches: &'a [Switch],
+    networks: &Networks,
+) -> Result<Way<'a>, HypervisorError> {
+    if networks.disconnect {
+        return Ok(Way::Off);
+    }
+    let chosen = networks
+        .choices
+        .iter()
+        .find(|(from, _)| from.eq_ignore_ascii_case(&asked.id) || *from == asked.name);
+    if let Some((from, to)) = chosen {
+        let found = find(switches, to).ok_or_else(|| {
+            odd("connect the adapters", &format!("no switch {to:?} here to take {from:?}'s place"))
+        })?;
+        return Ok(Way::To(found));
+    }
+    if switches.iter().any(|s| s.id.eq_ignore_ascii_case(&asked.id)) {
+        return Ok(Way::Same);
+    }
+    let named = switches.iter().find(|s| !asked.name.is_empty() && s.name == asked.name);
+    Ok(named.map_or(Way::Off, Way::To))
+}
+
+/// The connections that have to be changed.
+fn connections(
+    parts: &[Object],
+    switches: &[Switch],
+    new: &NewVm,
+    mended: &mut Vec<String>,
+) -> Result<Vec<Object>, HypervisorError> {
+    let mut out = Vec::new();
+    for port in parts.iter().filter(|o| o.str("ResourceSubType").is_some_and(is_adapter)) {
+        let name = port.str("ElementName").unwrap_or_default();
+        let mac = port.str("Address").unwrap_or_default();
+        if !new.keep_guid && port.bool("StaticMacAddress") == Some(false) && !mac.is_empty() {
+            mended.push(format!(
+                "the adapter {name:?} had the dynamic address {mac}: it gets another one"
+            ));
+        }
+        let slot = port.str("InstanceID").and_then(wql::slot).unwrap_or_default();
+        let of_port = |o: &&Object| {
+            o.class == CONNECTION
+                && o.str("InstanceID").and_then(wql::slot).is_some_and(|s| s.starts_with(slot))
+        };
+        for connection in parts.iter().filter(of_port) {
+            let Some(asked) = asked_switch(connection, switches) else { continue };
+            let mut changed = connection.clone();
+            match way(&asked, switches, &new.networks)? {
+                Way::Same => continue,
+                Way::To(switch) => {
+                    mended.push(format!(
+                        "the adapter {name:?} was connected to the switch {:?}: here it is connected to {:?}",
+                        asked.name, switch.name
+                    ));
+                    changed.set("HostResource", vec![switch_path(&switch.id)]);
+                }
+                Way::Off => {
+                    mended.push(if new.networks.disconnect {
+                        format!("the adapter {name:?} was left unconnected, as asked")
+                    } else {
+                        format!(
+                            "the adapter {name:?} was connected to the switch {:?}, which this host does not have: it was \
+                             left unconnected; connect it, or restore with --switch {:?}=NEW",
+                            asked.name, asked.name
+                        )
+                    });
+                    changed.set("EnabledState", u32::try_from(DISABLED).unwrap_or(3));
+                }
+            }
+            out.push(changed);
+        }
+    }
+    Ok(out)
+}
+
+fn is_adapter(kind: &str) -> bool {
+    kind.ends_with("Ethernet Port") || kind == PORT
+}
+
+/// Name and folders of the VM; folders that do not exist here are told.
+fn rooted(mut settings: Object, new: &NewVm, mended: &mut Vec<String>) -> Object {
+    let folder = new.folder.display().to_string();
+    for (property, what) in ROOTS {
+        let before = settings.str(property).unwrap_or_default().to_owned();
+        if !before.is_empty() && before != folder && !Path::new(&before).exists() {
+            mended.push(format!(
+                "the {what} {before:?} does not exist here: it was reset to the VM's own folder"
+            ));
+        }
+        settings.set(property, folder.as_str());
+    }
+    settings.set("ElementName", new.name.as_str());
+    settings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_switch_is_chosen_else_found_by_id_else_by_name_else_left_off() {
+        let switch = |id: &str, name: &str| Switch { id: id.into(), name: name.into() };
+        let here = [switch("A1", "LAN"), switch("B2", "Storage")];
+        let none = Networks::default();
+        let chosen = |asked: &Switch, networks: &Networks| {
+            way(asked, &here, networks).map_err(|e| e.to_string())
+        };
+        assert_eq!(chosen(&switch("a1", "old"), &none), Ok(Way::Same));
+        assert_eq!(chosen(&switch("X", "LAN"), &none), Ok(Way::To(&here[0])));
+        assert_eq!(chosen(&switch("X", "DMZ"), &none), Ok(Way::Off));
+        assert_eq!(chosen(&switch("X", ""), &none), Ok(Way::Off), "no name is no name");
+        let choices = Networks {
+            choices: vec![("DMZ".into(), "b2".into()), ("A1".into(), "Nowhere".into())],
+            disconnect: false,
+        };
+        assert_eq!(chosen(&switch("X", "DMZ"), &choices), Ok(Way::To(&here[1])));
+        chosen(&switch("A1", "LAN"), &choices).expect_err("no such switch here");
+        let off = Networks { disconnect: true, ..Networks::default() };
+        assert_eq!(chosen(&switch("A1", "LAN"), &off), Ok(Way::Off));
+    }
+
+    #[test]
+    fn a_folder_that_does_not_exist_is_reset_and_told_once() {
+        let new = NewVm { folder: "/restored".into(), name: "web".into(), ..NewVm::default() };
+        let before = Object::new(SETTINGS, "s")
+            .with("SnapshotDataRoot", "/nowhere/to/be/found")
+            .with("SwapFileDataRoot", "/");
+        let mut mended = Vec::new();
+        let after = rooted(before, &new, &mut mended);
+        assert_eq!(after.str("SnapshotDataRoot"), Some("/restored"));
+        assert_eq!(after.str("SwapFileDataRoot"), Some("/restored"));
+        assert_eq!(mended.len(), 1, "{mended:?}");
+        assert!(mended[0].contains("checkpoint folder"), "{mended:?}");
+    }
+}
