@@ -395,6 +395,16 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Whatever fails, no planned VM stays behind.
     async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<Defined, HypervisorError>;
 
+    /// Does again what [`Hypervisor::define_vm`] does after the VM is real: an attempt that died may have got just so far.
+    async fn finish_vm(
+        &self,
+        _lease: &Lease,
+        _vm: VmGuid,
+        _new: &NewVm,
+    ) -> Result<Vec<String>, HypervisorError> {
+        Ok(Vec::new())
+    }
+
     /// Removes VMs in the making whose files lie in `folder`, which an attempt that died left.
     async fn forget_planned(&self, _lease: &Lease, _folder: &Path) -> Result<(), HypervisorError> {
         Ok(())

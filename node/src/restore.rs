@@ -3,10 +3,18 @@
 //! | file | idea |
 //! | --- | --- |
 //! | `disk` | a tree of chunks into a sparse disk file, every chunk checked against its id |
+//! | `plan` | what speaks against it on this host, before anything is written (pure) |
 //! | `target` | where a restored VM goes, and what is in its way |
+//! | `make` | the steps of a restore |
+//! | `swap` | taking the place of a VM, so that there is always one |
+//! | `trail` | how far it is, for whoever continues after a crash |
 
 mod disk;
+mod make;
+mod plan;
+mod swap;
 mod target;
+mod trail;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,11 +27,10 @@ use outrider_proto::seal::Sealer;
 
 pub use disk::{NewDisk, RestoreError, image_extension, new_image};
 
-use crate::hypervisor::NewVm;
+use crate::hypervisor::Inventory;
 use crate::job::{JobContext, JobError, Outcome};
 use crate::pipeline::Pool;
 use crate::store::JobStore;
-use target::Target;
 
 /// Folders of a restored VM.
 const DISKS: &str = "Virtual Hard Disks";
@@ -122,16 +129,37 @@ pub(crate) async fn run(
     vm: VmKey,
     work: &rpc::RestoreWork,
 ) -> Outcome {
-    match restore_vm(context, message, &vm, work).await {
+    let mut warnings = Vec::new();
+    let result = restore_vm(context, message, &vm, work, &mut warnings).await;
+    let restored = |guid| Some(VmKey { realm: vm.realm.clone(), guid, role: VmRole::Primary });
+    match result {
         Ok(guid) => Outcome {
             data_safe: true,
             host_clean: true,
-            restored_vm: Some(VmKey { realm: vm.realm, guid, role: VmRole::Primary }),
-            ..Outcome::default()
+            restored_vm: restored(guid),
+            warnings,
+            error: None,
         },
-        Err(e) => {
-            Outcome { data_safe: false, host_clean: true, error: Some(e), ..Outcome::default() }
-        }
+        Err(Failure { error, made }) => Outcome {
+            // A VM that is there and does not run as asked is no restore that is done.
+            data_safe: false,
+            host_clean: true,
+            restored_vm: made.and_then(restored),
+            warnings,
+            error: Some(error),
+        },
+    }
+}
+
+/// Why a restore ended, and the VM that there is nevertheless.
+struct Failure {
+    error: JobError,
+    made: Option<VmGuid>,
+}
+
+impl<E: Into<JobError>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self { error: error.into(), made: None }
     }
 }
 
@@ -140,7 +168,8 @@ async fn restore_vm(
     message: &rpc::JobLease,
     vm: &VmKey,
     work: &rpc::RestoreWork,
-) -> Result<VmGuid, JobError> {
+    warnings: &mut Vec<String>,
+) -> Result<VmGuid, Failure> {
     let reader = Reader {
         store: context.store.clone(),
         sealer: context.sealer.clone(),
@@ -155,11 +184,18 @@ async fn restore_vm(
             manifest_id.short(),
             manifest.point,
             work.point_id
-        )));
+        ))
+        .into());
     }
+    context.phase("planning");
+    let facts = context.hypervisor.host_facts().await?;
+    warnings.extend(plan::check(&manifest, work, &facts, &context.host)?);
     let inventory = context.hypervisor.inventory().await?;
+    if work.keep_guid {
+        not_elsewhere(context, &manifest, &inventory).await?;
+    }
     let roots = context.hypervisor.storage_roots().await?;
-    let target = target::choose(&manifest, work, &inventory, &roots)?;
+    let target = target::choose(&manifest, work, &inventory, &roots, context.lease.job())?;
     if target.replaces.is_some() || work.keep_guid {
         // Whatever tracks changes of these disks knows nothing of what is written now.
         context
@@ -172,76 +208,35 @@ async fn restore_vm(
             })
             .await?;
     }
-    let made = write_and_define(context, &reader, &manifest, &target, work).await;
-    if made.is_err() {
-        target.remove_what_was_made();
-    }
-    made
-}
-
-async fn write_and_define(
-    context: &JobContext,
-    reader: &Reader,
-    manifest: &Manifest,
-    target: &Target,
-    work: &rpc::RestoreWork,
-) -> Result<VmGuid, JobError> {
-    let (disks_dir, definition_dir) = (target.folder.join(DISKS), target.folder.join(DEFINITION));
-    for dir in [&disks_dir, &definition_dir] {
-        std::fs::create_dir_all(dir).map_err(JobError::file("make the folder", dir))?;
-    }
-    context.phase("writing disks");
-    let mut disks = Vec::with_capacity(manifest.disks.len());
-    for (index, disk) in manifest.disks.iter().enumerate() {
-        context.lease.check()?;
-        let extension = context.hypervisor.disk_extension(disk);
-        let path = disks_dir.join(target.disk_name(disk, index, extension));
-        let create = {
-            let (hypervisor, file, like) = (context.hypervisor.clone(), path.clone(), disk.clone());
-            let keep_disk_id = work.keep_guid;
-            move || hypervisor.create_disk(&file, &like, keep_disk_id)
-        };
-        let written = disk::write(reader, disk, manifest.chunk_size, &path, create).await?;
-        context.metrics.restored_bytes.inc_by(written);
-        disks.push((disk.slot.clone(), path));
-    }
-    context.phase("writing the configuration");
-    let mut definition = None;
-    for file in &manifest.config {
-        let path = definition_dir.join(safe_name(&file.name, "configuration"));
-        let bytes = config_bytes(reader, file).await?;
-        std::fs::write(&path, bytes).map_err(JobError::file("write", &path))?;
-        if context.hypervisor.is_definition(&path) {
-            definition = Some(path);
+    let mut restore = make::Restore::new(context, &reader, &manifest, target, work);
+    let made = restore.run().await;
+    warnings.append(&mut restore.notes);
+    match made {
+        Ok(vm) => Ok(vm),
+        Err(error) => {
+            restore.clean_up(&error).await;
+            Err(Failure { error, made: restore.trail.made })
         }
     }
-    let definition = definition.ok_or_else(|| {
-        JobError::Unrestorable(format!(
-            "recovery point {} holds no VM definition of this hypervisor; restore its disks alone",
-            manifest.point
-        ))
-    })?;
-    context.phase("defining the VM");
-    context.lease.wait_to_mutate().await?;
-    if let Some(existing) = target.replaces {
-        context.hypervisor.stop_vm(&context.lease, existing).await?;
-        context.hypervisor.remove_vm(&context.lease, existing).await?;
+}
+
+/// A GUID is kept only if no VM of it runs on another host: two of them would be one to everybody who looks.
+async fn not_elsewhere(
+    context: &JobContext,
+    manifest: &Manifest,
+    inventory: &Inventory,
+) -> Result<(), JobError> {
+    let guid = manifest.vm.guid;
+    let here = inventory.vms.iter().any(|vm| vm.guid == guid && vm.realized);
+    match context.hypervisor.owner_of(guid).await? {
+        Some(owner) if !here && !owner.eq_ignore_ascii_case(&context.host) => {
+            Err(JobError::TargetTaken(format!(
+                "VM {:?} ({guid}) runs on host {owner}: restore it there, or with a new GUID here",
+                manifest.vm_name
+            )))
+        }
+        _ => Ok(()),
     }
-    let new = NewVm {
-        definition,
-        folder: target.folder.clone(),
-        name: target.name.clone(),
-        keep_guid: work.keep_guid,
-        disks,
-        clustered: work.highly_available,
-        ..NewVm::default()
-    };
-    let guid = context.hypervisor.define_vm(&context.lease, &new).await?.vm;
-    if work.power_on {
-        context.phase("starting the VM");
-        context.hypervisor.start_vm(&context.lease, guid).await?;
-    }
-    Ok(guid)
 }
 
 async fn config_bytes(reader: &Reader, file: &ConfigFile) -> Result<Vec<u8>, RestoreError> {

@@ -74,6 +74,7 @@ codes! {
     HOST_UNCLEAN = "OUT-N-0004", Retry, "A checkpoint or reference point of ours could not be removed yet.", "Outrider goes on trying; look for a stuck merge on the host named.";
     VM_EXISTS = "OUT-N-0005", Refused, "A VM with this identity or name exists on the target.", "Restore under a new name, or with --overwrite.";
     NO_HYPERVISOR = "OUT-N-0006", Refused, "This host has no Hyper-V.", "Install the Hyper-V role, or run the agent on a Hyper-V host.";
+    HOST_UNFIT = "OUT-N-0008", Refused, "The host cannot run the VM that is to be restored.", "Restore on a host that supports it, or with the option that the reason names.";
     DISK_BROKEN = "OUT-D-0001", Broken, "A virtual disk is damaged or no virtual disk.", "Check the file named with its hypervisor; restore it if it is damaged.";
     PARENT_MISSING = "OUT-D-0002", Broken, "The parent of a differencing disk is missing or was changed.", "Put the parent back at the path named.";
     DISK_UNSUPPORTED = "OUT-N-0007", Refused, "A disk cannot be captured from the host.", "Protect it from inside the guest, or allow the group to leave it out.";

@@ -187,6 +187,15 @@ impl Hypervisor for HyperV {
         self.rehearse(lease, new).await
     }
 
+    async fn finish_vm(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        new: &NewVm,
+    ) -> Result<Vec<String>, HypervisorError> {
+        self.finish(lease, vm, new).await
+    }
+
     async fn forget_planned(&self, lease: &Lease, folder: &Path) -> Result<(), HypervisorError> {
         self.forget_planned_in(lease, folder).await
     }

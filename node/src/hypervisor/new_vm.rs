@@ -74,6 +74,8 @@ pub struct SetAside {
     pub name: String,
     /// Its cluster group.
     pub group: Option<ClusterGroup>,
+    /// It ran before.
+    pub ran: bool,
     /// What was lost on the way: one sentence each.
     pub lost: Vec<String>,
 }

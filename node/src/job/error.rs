@@ -98,6 +98,9 @@ pub enum JobError {
     /// A restore's target is taken.
     #[error("{0}")]
     TargetTaken(String),
+    /// The host cannot run what is to be restored.
+    #[error("{0}")]
+    Unfit(String),
     /// A recovery point that does not hold what a restore needs.
     #[error("{0}")]
     Unrestorable(String),
@@ -162,6 +165,7 @@ impl JobError {
             Self::Restore(RestoreError::Disk(_)) => error_code::LOW_SPACE,
             Self::Restore(_) => error_code::CHUNK_LOST,
             Self::TargetTaken(_) => error_code::VM_EXISTS,
+            Self::Unfit(_) => error_code::HOST_UNFIT,
             Self::File { .. } => error_code::LOW_SPACE,
             Self::Pipeline(_)
             | Self::Journal(_)

@@ -55,15 +55,11 @@ pub enum RestoreError {
         /// Length wanted.
         expected: usize,
     },
-    /// Several layers.
-    #[error(
-        "disk {slot} of this recovery point has {layers} layers; this release restores disks of one layer"
-    )]
-    Layers {
+    /// No layer.
+    #[error("disk {slot} of this recovery point has no layers: the recovery point is damaged")]
+    NoLayers {
         /// Slot.
         slot: String,
-        /// Number.
-        layers: usize,
     },
     /// A configuration file is incomplete.
     #[error("the configuration file {name:?} of the recovery point is incomplete")]
@@ -156,8 +152,9 @@ pub(super) async fn write(
     path: &Path,
     create: impl FnOnce() -> Result<Box<dyn NewDisk>, DiskError> + Send + 'static,
 ) -> Result<u64, RestoreError> {
-    let [layer] = disk.layers.as_slice() else {
-        return Err(RestoreError::Layers { slot: disk.slot.clone(), layers: disk.layers.len() });
+    // The last layer is the whole disk at the point itself.
+    let Some(layer) = disk.layers.last() else {
+        return Err(RestoreError::NoLayers { slot: disk.slot.clone() });
     };
     let created = reader.pool.run(create).await??;
     let guard = HalfWritten { path: path.to_owned(), whole: false };

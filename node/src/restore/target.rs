@@ -2,12 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use outrider_proto::ids::VmGuid;
+use outrider_proto::ids::{JobId, VmGuid};
 use outrider_proto::manifest::{DiskManifest, Manifest};
 use outrider_proto::rpc::RestoreWork;
 
+use super::trail::Trail;
 use crate::hypervisor::{Inventory, VmSeen};
 use crate::job::JobError;
+
+/// Numbered folders that are searched for what an earlier attempt left.
+const LOOKED_AT: usize = 32;
 
 /// A place for a VM.
 #[derive(Debug, PartialEq, Eq)]
@@ -16,6 +20,10 @@ pub(super) struct Target {
     pub(super) folder: PathBuf,
     /// The VM whose place is taken.
     pub(super) replaces: Option<VmGuid>,
+    /// What an earlier attempt of this job left in the folder.
+    pub(super) trail: Option<Trail>,
+    /// The VM is real, but what follows may not be done.
+    pub(super) unfinished: bool,
 }
 
 /// Chooses the place, or says why there is none.
@@ -24,32 +32,40 @@ pub(super) fn choose(
     work: &RestoreWork,
     inventory: &Inventory,
     roots: &[(PathBuf, u64)],
+    job: JobId,
 ) -> Result<Target, JobError> {
     let name = if work.target_name.is_empty() {
         manifest.vm_name.clone()
     } else {
         work.target_name.clone()
     };
-    let same_guid = |vm: &&VmSeen| work.keep_guid && vm.guid == manifest.vm.guid;
-    let in_the_way = inventory.vms.iter().find(|vm| same_guid(vm) || vm.name == name);
-    if let Some(existing) = in_the_way
-        && !work.overwrite
-    {
-        return Err(JobError::TargetTaken(format!(
-            "VM {:?} ({}) exists on this host; restore under another name and a new GUID, or with --overwrite",
-            existing.name, existing.guid
-        )));
-    }
-    if let Some(existing) = in_the_way
-        && let Some(disk) =
-            existing.disks.iter().find(|d| d.path.to_ascii_lowercase().ends_with(".avhdx"))
-    {
-        return Err(JobError::TargetTaken(format!(
-            "VM {:?} has checkpoints (its disk {} is on {}); remove them before it is overwritten",
-            existing.name, disk.slot, disk.path
-        )));
-    }
     let original = inventory.vms.iter().find(|vm| vm.guid == manifest.vm.guid);
+    let begun = if work.target_folder.is_empty() {
+        let candidates = roots.iter().flat_map(|(root, _)| folders(root, &name).take(LOOKED_AT));
+        candidates.into_iter().find_map(|f| Trail::find(&f, job).map(|trail| (f, trail)))
+    } else {
+        let folder = PathBuf::from(&work.target_folder);
+        Trail::find(&folder, job).map(|trail| (folder, trail))
+    };
+    let mut unfinished = false;
+    if let Some((folder, mut trail)) = begun {
+        let ours = |vm: &&VmSeen| {
+            !vm.disks.is_empty() && vm.disks.iter().all(|d| Path::new(&d.path).starts_with(&folder))
+        };
+        if trail.made.is_none()
+            && let Some(made) = inventory.vms.iter().find(ours)
+        {
+            // It became real, and the attempt died before it could write that down.
+            trail.made = Some(made.guid);
+            unfinished = true;
+        }
+        let replaces = match &trail.replaced {
+            Some(replaced) => Some(replaced.vm),
+            None => in_the_way(manifest, work, inventory, &name)?,
+        };
+        return Ok(Target { name, folder, replaces, trail: Some(trail), unfinished });
+    }
+    let replaces = in_the_way(manifest, work, inventory, &name)?;
     let folder = if work.target_folder.is_empty() {
         free_folder(&root_for(original, roots)?, &name)
     } else {
@@ -62,7 +78,25 @@ pub(super) fn choose(
         }
         folder
     };
-    Ok(Target { name, folder, replaces: in_the_way.map(|vm| vm.guid) })
+    Ok(Target { name, folder, replaces, trail: None, unfinished })
+}
+
+/// The VM whose place is to be taken.
+fn in_the_way(
+    manifest: &Manifest,
+    work: &RestoreWork,
+    inventory: &Inventory,
+    name: &str,
+) -> Result<Option<VmGuid>, JobError> {
+    let same_guid = |vm: &&VmSeen| work.keep_guid && vm.guid == manifest.vm.guid;
+    let in_the_way = inventory.vms.iter().find(|vm| same_guid(vm) || vm.name == name);
+    match in_the_way {
+        Some(existing) if !work.overwrite => Err(JobError::TargetTaken(format!(
+            "VM {:?} ({}) exists on this host; restore under another name and a new GUID, or with --overwrite",
+            existing.name, existing.guid
+        ))),
+        found => Ok(found.map(|vm| vm.guid)),
+    }
 }
 
 /// The volume that the original lies on, else the one with the most free space.
@@ -80,18 +114,22 @@ fn root_for(original: Option<&VmSeen>, roots: &[(PathBuf, u64)]) -> Result<PathB
 
 /// A folder of the VM's name that does not exist yet.
 fn free_folder(root: &Path, name: &str) -> PathBuf {
+    folders(root, name).find(|f| !f.exists()).unwrap_or_else(|| root.to_owned())
+}
+
+/// Folders of the VM's name: as it is, then numbered.
+fn folders(root: &Path, name: &str) -> impl Iterator<Item = PathBuf> + use<> {
     let safe: String = name
         .chars()
         .map(|c| if c.is_control() || "/\\:*?\"<>|".contains(c) { '_' } else { c })
         .collect();
     let safe = safe.trim_matches(['.', ' ']);
-    let safe = if safe.is_empty() { "restored" } else { safe };
-    let first = root.join(safe);
-    if !first.exists() {
-        return first;
-    }
-    let numbered = (2_u32..).map(|n| root.join(format!("{safe} ({n})")));
-    numbered.into_iter().find(|f| !f.exists()).unwrap_or(first)
+    let safe = if safe.is_empty() { "restored" } else { safe }.to_owned();
+    let root = root.to_owned();
+    (1_u32..).map(move |n| match n {
+        1 => root.join(&safe),
+        n => root.join(format!("{safe} ({n})")),
+    })
 }
 
 fn has_content(folder: &Path) -> bool {
@@ -123,14 +161,19 @@ impl Target {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::consistency::tests::state;
     use crate::hypervisor::Power;
     use outrider_proto::ids::{CheckpointId, JobId, PointId, VmIncarnation, VmKey, VmRole};
     use outrider_proto::manifest::{Machine, Tree};
 
-    fn manifest(vm: &VmSeen) -> Manifest {
+    /// Of a VM without disks.
+    pub(in crate::restore) fn manifest() -> Manifest {
+        of(&state(Power::Running, true).vm)
+    }
+
+    fn of(vm: &VmSeen) -> Manifest {
         Manifest {
             point: PointId::random(),
             job: JobId::random(),
@@ -153,20 +196,33 @@ mod tests {
     #[test]
     fn an_existing_vm_is_only_replaced_when_that_was_asked_for() {
         let vm = state(Power::Running, true).vm;
-        let manifest = manifest(&vm);
+        let manifest = of(&vm);
         let inventory = Inventory { vms: vec![vm.clone()], ..Inventory::default() };
         let dir = tempfile::tempdir().expect("a directory");
         let roots = [(dir.path().to_owned(), 1)];
         let mut work = RestoreWork { keep_guid: true, ..RestoreWork::default() };
-        let refused = choose(&manifest, &work, &inventory, &roots).expect_err("it exists");
+        let refused =
+            choose(&manifest, &work, &inventory, &roots, JobId::random()).expect_err("it exists");
         assert!(refused.to_string().contains("--overwrite"), "{refused}");
         work.overwrite = true;
         assert_eq!(
-            choose(&manifest, &work, &inventory, &roots).expect("a place").replaces,
+            choose(&manifest, &work, &inventory, &roots, JobId::random())
+                .expect("a place")
+                .replaces,
             Some(vm.guid)
         );
+        // Another attempt of the same job goes on where the first one stood.
+        let job = JobId::random();
+        let begun = choose(&manifest, &work, &inventory, &roots, job).expect("a place");
+        std::fs::create_dir(&begun.folder).expect("made");
+        Trail::new(job, manifest.point).save(&begun.folder).expect("written");
+        let again = choose(&manifest, &work, &inventory, &roots, job).expect("a place");
+        assert_eq!((again.folder, again.trail.is_some()), (begun.folder.clone(), true));
+        let other_job = choose(&manifest, &work, &inventory, &roots, JobId::random());
+        assert_ne!(other_job.expect("a place").folder, begun.folder);
         let other = RestoreWork { target_name: "위성/2".into(), ..RestoreWork::default() };
-        let target = choose(&manifest, &other, &inventory, &roots).expect("a place");
+        let target =
+            choose(&manifest, &other, &inventory, &roots, JobId::random()).expect("a place");
         assert_eq!((target.replaces, target.folder), (None, dir.path().join("위성_2")));
     }
 }

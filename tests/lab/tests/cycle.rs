@@ -6,6 +6,7 @@ use outrider_disk::{DiskChain, RawDisk, ReadDisk};
 use outrider_lab::{
     CheckpointOnMigration, Comparison, CreateVm, DiskSource, Fault, FaultKind, GuestWrite,
 };
+use outrider_wmi::files::HostFiles;
 use outrider_wmi::{NS_CLUSTER, NS_VIRTUALIZATION, Object, Value, Wmi, WmiError, embedded};
 use support::{
     IMAGE_SERVICE, Lab, MANAGEMENT_SERVICE, MIB, REFERENCE_SERVICE, SNAPSHOT_SERVICE, args,

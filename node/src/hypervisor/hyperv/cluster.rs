@@ -69,6 +69,4 @@ impl HyperV {
         let volume = |p: &Object| Some((PathBuf::from(p.str("Path")?), p.u64("FreeSpace")? << 20));
         Ok(partitions.iter().filter_map(volume).collect())
     }
-
-    }
 }

@@ -35,7 +35,18 @@ impl HyperV {
                 return Err(e);
             }
         };
-        // From here on there is a VM: what fails is told, and the VM stays.
+        mended.extend(self.finish(lease, vm, new).await?);
+        Ok(Defined { vm, mended })
+    }
+
+    /// Rights, saved state, cluster. There is a VM: what fails is told, and the VM stays.
+    pub(super) async fn finish(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        new: &NewVm,
+    ) -> Result<Vec<String>, HypervisorError> {
+        let mut mended = Vec::new();
         if let Err(e) = self.grant(vm, new).await {
             mended.push(format!(
                 "the VM's account could not be given rights on {} ({e}); if it does not start with \"access denied\", grant \
@@ -54,7 +65,7 @@ impl HyperV {
                 Err(e) => mended.push(format!("the VM is not highly available: {e}")),
             }
         }
-        Ok(Defined { vm, mended })
+        Ok(mended)
     }
 
     /// Everything short of making the VM real, under a GUID of its own, and back.
@@ -202,6 +213,7 @@ impl HyperV {
         lease: &Lease,
         vm: VmGuid,
     ) -> Result<(), HypervisorError> {
+        let group = self.group_of(vm).await?.map(|(_, group)| group);
         self.remove_from_cluster(lease, vm).await?;
         let path = wql::vm_path(vm);
         if let Err(outrider_wmi::WmiError::NotFound { .. }) =
@@ -210,8 +222,17 @@ impl HyperV {
             return Ok(());
         }
         let doing = format!("remove the definition of VM {vm}");
-        self.manage(lease, &doing, "DestroySystem", vec![("AffectedSystem", Value::Ref(path))])
-            .await?;
+        let args = vec![("AffectedSystem", Value::Ref(path))];
+        if let Err(e) = self.manage(lease, &doing, "DestroySystem", args).await {
+            if let Some(group) = &group
+                && !matches!(e, HypervisorError::Lease(_))
+            {
+                // The VM stays, so it stays highly available.
+                let again = self.make_highly_available(lease, vm, Some(group)).await;
+                tracing::warn!(%vm, ?again, "the VM could not be removed and was clustered again");
+            }
+            return Err(e);
+        }
         // It is gone when it cannot be read any more.
         match self.wmi.get(NS_VIRTUALIZATION, &wql::vm_path(vm)).await {
             Err(outrider_wmi::WmiError::NotFound { .. }) => Ok(()),

@@ -25,6 +25,7 @@ impl HyperV {
     ) -> Result<SetAside, HypervisorError> {
         let mut aside = SetAside {
             group: self.group_of(vm).await?.map(|(_, group)| group),
+            ran: self.vm_state(vm).await?.vm.power == Power::Running,
             ..SetAside::default()
         };
         // First: a VM that stops while its cluster thinks it runs is a failure, and is started again.

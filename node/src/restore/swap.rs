@@ -1,0 +1,211 @@
+//! Taking the place of a VM. At every moment either the old VM exists, or the new one, or the trail says how to bring one of
+//! them back, and its files are there:
+//!
+//! ```text
+//! files of the new VM written -> rehearsal (planned, mended, validated, dropped) -> old VM stopped, checkpoints removed
+//!     -> its definition copied, trail: replaced -> old definition removed -> new VM realized, trail: made
+//!     -> started if asked -> files of the old VM removed
+//! ```
+//! A new VM that cannot be made after the old one was removed brings the old one back.
+
+use std::path::{Path, PathBuf};
+
+use outrider_proto::ids::VmGuid;
+
+use super::make::Restore;
+use super::trail::{REPLACED, Replaced};
+use crate::hypervisor::{Defined, HypervisorError, NewVm, SetAside};
+use crate::job::JobError;
+
+/// Files beside a disk that track its changes.
+const TRACKING: [&str; 2] = ["rct", "mrt"];
+
+impl Restore<'_> {
+    /// Puts the new VM in the place of `old`.
+    pub(super) async fn swap(&mut self, old: VmGuid, new: NewVm) -> Result<Defined, JobError> {
+        let (hypervisor, lease) = (&self.context.hypervisor, &self.context.lease);
+        if self.trail.replaced.is_none() {
+            // Whatever the host has against the new VM is heard while the old one still runs.
+            hypervisor.rehearse_vm(lease, &new).await?;
+            let aside = hypervisor.set_aside(lease, old).await?;
+            self.notes.extend(aside.lost.iter().cloned());
+            let ran = aside.ran;
+            let kept = self.keep_definition(old, aside).and_then(|replaced| {
+                self.trail.replaced = Some(replaced);
+                self.trail.save(&self.target.folder)
+            });
+            if let Err(e) = kept {
+                self.leave(old, ran).await;
+                return Err(e);
+            }
+        }
+        let Some(replaced) = self.trail.replaced.clone() else {
+            return Err(JobError::Unrestorable("a swap without a VM to replace".into()));
+        };
+        let new = replaced.successor(new);
+        match hypervisor.remove_vm(lease, old).await {
+            Ok(()) => {}
+            Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
+            Err(e) => {
+                let there = hypervisor.inventory().await;
+                if there.is_ok_and(|i| i.vms.iter().any(|vm| vm.guid == old && vm.realized)) {
+                    self.leave(old, replaced.ran).await;
+                }
+                return Err(e.into());
+            }
+        }
+        match hypervisor.define_vm(lease, &new).await {
+            Ok(defined) => Ok(defined),
+            Err(HypervisorError::Lease(lost)) => Err(lost.into()),
+            Err(e) => Err(self.bring_back(&replaced, e).await),
+        }
+    }
+
+    /// The old VM is still there and stays: nothing of the new one has to.
+    async fn leave(&mut self, old: VmGuid, ran: bool) {
+        self.trail.replaced = None;
+        if !ran {
+            return;
+        }
+        match self.context.hypervisor.start_vm(&self.context.lease, old).await {
+            Ok(()) => self.notes.push("the VM that was to be replaced runs again".into()),
+            Err(e) => {
+                self.notes.push(format!("the VM that was to be replaced is off; start it ({e})"));
+            }
+        }
+    }
+
+    /// Copies the definition of the VM that is about to go: removing the VM removes it.
+    fn keep_definition(&self, vm: VmGuid, aside: SetAside) -> Result<Replaced, JobError> {
+        let place = self.target.folder.join(REPLACED);
+        let mut definition = None;
+        let mut folder = None;
+        for file in &aside.config {
+            std::fs::create_dir_all(&place).map_err(JobError::file("make the folder", &place))?;
+            let copy = place.join(file.file_name().unwrap_or_default());
+            std::fs::copy(file, &copy).map_err(JobError::file("copy", file))?;
+            std::fs::File::open(&copy)
+                .and_then(|f| f.sync_all())
+                .map_err(JobError::file("sync", &copy))?;
+            if self.context.hypervisor.is_definition(&copy) {
+                definition = Some(copy);
+                // `FOLDER/Virtual Machines/GUID.vmcx`
+                folder = file.parent().and_then(Path::parent).map(Path::to_owned);
+            }
+        }
+        Ok(Replaced {
+            vm,
+            name: aside.name,
+            definition,
+            folder: folder.unwrap_or_default(),
+            disks: aside.disks,
+            group: aside.group,
+            ran: aside.ran,
+        })
+    }
+
+    /// The new VM could not be made and the old one is gone: makes the old one again from its own files.
+    async fn bring_back(&mut self, replaced: &Replaced, why: HypervisorError) -> JobError {
+        let Some(definition) = replaced.definition.clone() else { return why.into() };
+        tracing::warn!(vm = %replaced.vm, error = %why, "bringing the replaced VM back");
+        let old = NewVm {
+            definition,
+            folder: replaced.folder.clone(),
+            name: replaced.name.clone(),
+            keep_guid: true,
+            disks: replaced.disks.clone(),
+            clustered: replaced.group.is_some(),
+            group: replaced.group.clone(),
+            ..NewVm::default()
+        };
+        let (hypervisor, lease) = (&self.context.hypervisor, &self.context.lease);
+        match hypervisor.define_vm(lease, &old).await {
+            Ok(_) => {
+                self.notes.push(format!(
+                    "VM {:?} was brought back as it was, without its checkpoints",
+                    replaced.name
+                ));
+                self.leave(replaced.vm, replaced.ran).await;
+                why.into()
+            }
+            Err(e) => JobError::Unrestorable(format!(
+                "the restored VM could not be made ({why}), and VM {:?}, which it was to replace, could not be brought back \
+                 ({e}); its disks are {}, its definition is in {}, the restored files are in {}",
+                replaced.name,
+                listed(&replaced.disks),
+                self.target.folder.join(REPLACED).display(),
+                self.target.folder.display()
+            )),
+        }
+    }
+
+    /// The restored VM is there: the files of the one that it replaced go, unless they are to be kept or are another VM's.
+    pub(super) async fn remove_replaced(&mut self, made: VmGuid) {
+        let Some(replaced) = self.trail.replaced.clone() else { return };
+        let copy = self.target.folder.join(REPLACED);
+        if self.work.keep_replaced {
+            self.notes.push(format!(
+                "the files of the VM that was replaced were kept: {}, definition in {}",
+                listed(&replaced.disks),
+                copy.display()
+            ));
+            return;
+        }
+        let used: Vec<PathBuf> = match self.context.hypervisor.inventory().await {
+            Ok(inventory) => inventory
+                .vms
+                .iter()
+                .flat_map(|vm| &vm.disks)
+                .map(|disk| PathBuf::from(&disk.path))
+                .collect(),
+            Err(e) => {
+                self.notes.push(format!(
+                    "the files of the VM that was replaced were kept, for it could not be told whether another VM uses them \
+                     ({e}): {}",
+                    listed(&replaced.disks)
+                ));
+                return;
+            }
+        };
+        for (slot, file) in &replaced.disks {
+            if used.contains(file) {
+                tracing::warn!(vm = %made, slot, file = %file.display(), "a file of the replaced VM is another VM's disk, too: it stays");
+                continue;
+            }
+            super::remove_file(file);
+            for extension in TRACKING {
+                // `os.vhdx.rct`
+                let mut name = file.as_os_str().to_owned();
+                name.push(".");
+                name.push(extension);
+                super::remove_file(Path::new(&name));
+            }
+        }
+        if let Err(e) = std::fs::remove_dir_all(&copy)
+            && e.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(folder = %copy.display(), error = %e, "the copy of a definition stays behind");
+        }
+        let folders = replaced.disks.iter().filter_map(|(_, file)| file.parent());
+        let mut folders: Vec<PathBuf> = folders.map(Path::to_owned).collect();
+        folders.extend([
+            replaced.folder.join(super::DISKS),
+            replaced.folder.join(super::DEFINITION),
+            replaced.folder.join("Snapshots"),
+            replaced.folder.clone(),
+        ]);
+        for folder in folders.iter().filter(|f| f.starts_with(&replaced.folder)) {
+            // Only empty ones go.
+            let _ = std::fs::remove_dir(folder);
+        }
+        self.notes.push(format!(
+            "the files of the VM that was replaced were removed: {}",
+            listed(&replaced.disks)
+        ));
+    }
+}
+
+fn listed(disks: &[(String, PathBuf)]) -> String {
+    let names: Vec<String> = disks.iter().map(|(_, file)| file.display().to_string()).collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}

@@ -1,0 +1,113 @@
+//! How far a restore is, in a file beside what it writes: whoever continues after a crash reads it, and so can a person.
+//!
+//! It is there from before the first byte until the VM is made. A folder without it is nobody's business of ours.
+
+use std::path::{Path, PathBuf};
+
+use outrider_proto::ids::{JobId, PointId, VmGuid};
+use outrider_proto::manifest::ClusterGroup;
+use serde::{Deserialize, Serialize};
+
+use crate::hypervisor::NewVm;
+use crate::job::JobError;
+
+/// Name of the file in the folder of the restored VM.
+pub(crate) const TRAIL: &str = "outrider-restore.json";
+/// Folder, below the restored VM's, for the definition of a VM that it replaces.
+pub(super) const REPLACED: &str = "Replaced VM";
+
+/// The content of the file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Trail {
+    /// The job: another one never touches this folder.
+    pub(super) job: JobId,
+    /// The recovery point.
+    pub(super) point: PointId,
+    /// Disk files that are whole.
+    pub(super) disks: Vec<String>,
+    /// Set before the VM that is replaced is removed.
+    pub(super) replaced: Option<Replaced>,
+    /// The restored VM, once it is real.
+    pub(super) made: Option<VmGuid>,
+}
+
+/// A VM that a restored one takes the place of: enough to bring it back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Replaced {
+    pub(super) vm: VmGuid,
+    pub(super) name: String,
+    /// Copy of its definition.
+    pub(super) definition: Option<PathBuf>,
+    /// Folder that its definition was in.
+    pub(super) folder: PathBuf,
+    /// Its disks by slot.
+    pub(super) disks: Vec<(String, PathBuf)>,
+    pub(super) group: Option<ClusterGroup>,
+    /// It ran before.
+    pub(super) ran: bool,
+}
+
+impl Replaced {
+    /// The new VM, clustered as the one that it replaces was.
+    pub(super) fn successor(&self, new: NewVm) -> NewVm {
+        NewVm {
+            clustered: new.clustered || self.group.is_some(),
+            group: self.group.clone().or(new.group.clone()),
+            ..new
+        }
+    }
+}
+
+impl Trail {
+    pub(super) fn new(job: JobId, point: PointId) -> Self {
+        Self { job, point, disks: Vec::new(), replaced: None, made: None }
+    }
+
+    /// The trail in a folder, if it is of this job.
+    pub(super) fn find(folder: &Path, job: JobId) -> Option<Self> {
+        let text = std::fs::read(folder.join(TRAIL)).ok()?;
+        let trail: Self = serde_json::from_slice(&text).ok()?;
+        (trail.job == job).then_some(trail)
+    }
+
+    /// Writes it, durably.
+    pub(super) fn save(&self, folder: &Path) -> Result<(), JobError> {
+        let path = folder.join(TRAIL);
+        let failed = |e: std::io::Error| JobError::file("write", &path)(e);
+        let text = serde_json::to_vec_pretty(self).map_err(|e| failed(e.into()))?;
+        outrider_process::fs::write_atomic(&path, &text)
+            .map_err(|e| failed(std::io::Error::other(e)))
+    }
+
+    /// The restore is over.
+    pub(super) fn remove(folder: &Path) {
+        super::remove_file(&folder.join(TRAIL));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trail_reads_back_and_is_of_one_job_only() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let job = JobId::random();
+        let mut trail = Trail::new(job, PointId::random());
+        trail.disks.push("os.vhdx".into());
+        trail.replaced = Some(Replaced {
+            vm: VmGuid::random(),
+            name: "웹".into(),
+            definition: Some("a.vmcx".into()),
+            folder: "old".into(),
+            disks: vec![("0/0".into(), "old/os.vhdx".into())],
+            group: Some(ClusterGroup::default()),
+            ran: true,
+        });
+        trail.save(dir.path()).expect("written");
+        assert_eq!(Trail::find(dir.path(), job), Some(trail));
+        assert_eq!(Trail::find(dir.path(), JobId::random()), None);
+        Trail::remove(dir.path());
+        assert_eq!(Trail::find(dir.path(), job), None);
+    }
+}
