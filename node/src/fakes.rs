@@ -262,8 +262,7 @@ impl Coordinator for MemoryCoordinator {
                 attempt: request.attempt,
                 state: DutyState::Recorded.into(),
                 checkpoint_name: request.checkpoint_name,
-                checkpoint_id: String::new(),
-                reference_point_id: String::new(),
+                ..Duty::default()
             };
             d.duties.push(duty.clone());
             duty
@@ -282,6 +281,10 @@ impl Coordinator for MemoryCoordinator {
             duty.state = request.state;
             duty.checkpoint_id = request.checkpoint_id;
             duty.reference_point_id = request.reference_point_id;
+            if request.converting {
+                duty.converting = true;
+                duty.reference_points_before = request.reference_points_before;
+            }
             Some(duty.clone())
         })?
         .ok_or(missing)

@@ -187,3 +187,37 @@ async fn killed_at_each_arrow_the_new_host_finishes_though_the_checkpoint_was_lo
 async fn killed_at_each_arrow_a_checkpoint_that_blocks_moves_is_removed() {
     killed_at_each_arrow(Meanwhile::Migration(CheckpointOnMigration::Blocks)).await;
 }
+
+/// The job that converted never comes back: it is cancelled. Whoever cleans up next finds the reference point that nobody
+/// reported.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reference_point_that_nobody_reported_is_removed_by_a_later_cleanup() {
+    let mut fabric = Fabric::start(Plan::default()).await;
+    fabric.vm(VM, "alpha", 24 * MIB).await;
+    fabric.operator.backed_up(VM, BackupKind::Full).await;
+    fabric.assert_clean(VM).await;
+    fabric.write(VM, MIB, 91).await;
+
+    let held = Arrow::Convert.arm(&fabric, "alpha").await;
+    let job = fabric.operator.backup(VM, BackupKind::Incremental).await;
+    held.reached(&fabric).await;
+    fabric.agent("alpha").kill();
+    held.release(&fabric).await;
+    nobody_connected(&fabric, "alpha").await;
+    let seen = fabric.seen(VM).await;
+    assert_eq!(seen.reference_points.len(), 2, "the bound one and one that nobody knows: {seen:?}");
+    let outcome = tokio::task::block_in_place(|| {
+        fabric.operator.cli(&["job", "cancel", "--json", &job.job_id])
+    });
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+
+    fabric.agent("alpha").restart();
+    fabric.agent("alpha").ready().await;
+    eventually("the cleanup removes it", async || {
+        let left = fabric.seen(VM).await.reference_points.len();
+        if left == 1 { Ok(()) } else { Err(format!("{left} reference points")) }
+    })
+    .await;
+    fabric.assert_clean(VM).await;
+    fabric.assert_next_incremental_is_exact(VM, 92).await;
+}

@@ -192,6 +192,7 @@ impl Agent for AgentService {
                 state,
                 checkpoint: r.checkpoint_id,
                 reference_point: r.reference_point_id,
+                converting: r.converting.then_some(r.reference_points_before),
             };
             match self.propose(Change::UpdateDuty { job, epoch, duty, step }).await? {
                 Outcome::Duty(id) => Ok(self.duty(id, job)),

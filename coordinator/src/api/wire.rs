@@ -34,6 +34,8 @@ pub(crate) fn duty(duty: &Duty) -> rpc::Duty {
         checkpoint_name: duty.checkpoint_name.clone(),
         checkpoint_id: duty.checkpoint.clone(),
         reference_point_id: duty.reference_point.clone(),
+        converting: duty.converting.is_some(),
+        reference_points_before: duty.converting.clone().unwrap_or_default(),
     }
 }
 

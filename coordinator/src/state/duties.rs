@@ -17,6 +17,9 @@ pub(crate) struct Duty {
     pub(crate) checkpoint_name: String,
     pub(crate) checkpoint: String,
     pub(crate) reference_point: String,
+    /// Reference points that the VM had when the conversion of the checkpoint was about to begin.
+    #[serde(default)]
+    pub(crate) converting: Option<Vec<String>>,
 }
 
 /// How far it is.
@@ -44,6 +47,9 @@ pub(crate) struct DutyStep {
     pub(crate) state: DutyState,
     pub(crate) checkpoint: String,
     pub(crate) reference_point: String,
+    /// The conversion is about to begin, with these reference points there.
+    #[serde(default)]
+    pub(crate) converting: Option<Vec<String>>,
 }
 
 /// Tries to clean up after a VM.
@@ -87,6 +93,7 @@ impl State {
             checkpoint_name: new.checkpoint_name,
             checkpoint: String::new(),
             reference_point: String::new(),
+            converting: None,
         };
         self.duties.insert(new.id, duty);
         Outcome::Duty(new.id)
@@ -122,6 +129,10 @@ impl State {
         }
         if !step.reference_point.is_empty() {
             found.reference_point.clone_from(&step.reference_point);
+        }
+        if step.converting.is_some() {
+            // Said again: the earlier conversion did not happen, or there would be nothing to convert.
+            found.converting.clone_from(&step.converting);
         }
         Outcome::Duty(duty)
     }

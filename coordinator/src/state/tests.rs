@@ -188,7 +188,12 @@ impl World {
         duty: DutyId,
         state: DutyState,
     ) -> Outcome {
-        let step = DutyStep { state, checkpoint: String::new(), reference_point: String::new() };
+        let step = DutyStep {
+            state,
+            checkpoint: String::new(),
+            reference_point: String::new(),
+            converting: None,
+        };
         self.apply(Change::UpdateDuty { job, epoch, duty, step })
     }
 

@@ -146,31 +146,3 @@ pub fn meaning(code: u32, text: &str) -> (&'static str, &'static str) {
             (known.meaning, known.remedy)
         })
 }
-
-/// Whether a failover cluster only has to be asked again: a resource or group that moves, is locked or queued, a backup
-/// or a drain that is under way, a provider that has just started (facts, section 4.3).
-#[must_use]
-pub fn cluster_is_busy(code: u32) -> bool {
-    matches!(code, 70 | 1753 | 5023 | 5908 | 5944 | 5949 | 5959 | 5960 | 5962)
-}
-
-/// What an error of a failover cluster means, and what to do about it.
-#[must_use]
-pub fn meaning_in_cluster(code: u32) -> (&'static str, &'static str) {
-    match code {
-        70 | 1753 => ("the cluster's provider is not there yet", "wait until the host is up"),
-        5007 | 5013 => ("no such resource or group", "look at the cluster's roles"),
-        5015 | 5016 => ("another host owns the group", "nothing: the VM is followed"),
-        5023 => ("the resource is in a state that does not allow it", "look at the role's state"),
-        5908 | 5944 | 5959 => ("the group is moving or busy", "wait until it has moved"),
-        5949 => ("the cluster is being backed up", "wait until that backup has ended"),
-        5951 => ("the volume is not on this host", "check the owner of the volume"),
-        5957 | 5958 => ("the host has not enough resources", "free memory on the host"),
-        5960 => (
-            "a resource of the group is locked",
-            "a migration, backup or storage move is under way; wait until it has ended",
-        ),
-        5962 => ("a host is being drained", "wait until it is drained"),
-        _ => ("the cluster refused", "look at the cluster's events"),
-    }
-}

@@ -9,7 +9,9 @@ use tokio::time::Instant;
 
 use super::{JobContext, JobError};
 use crate::consistency::{self, Method, Plan, Wanted, Way};
-use crate::hypervisor::{Checkpoint, CheckpointRequest, HypervisorError, Retry, VmState};
+use crate::hypervisor::{
+    Checkpoint, CheckpointRequest, HypervisorError, ReferencePoint, Retry, VmState,
+};
 use crate::precheck::{self, Situation};
 
 /// What every checkpoint of ours is called first.
@@ -314,6 +316,28 @@ pub(super) async fn update_duty(
         checkpoint_id: checkpoint.map_or_else(|| duty.checkpoint_id.clone(), |c| c.id.to_string()),
         reference_point_id: reference_point
             .map_or_else(|| duty.reference_point_id.clone(), str::to_owned),
+        converting: false,
+        reference_points_before: Vec::new(),
+    };
+    Ok(context.coordinator.update_duty(request).await?)
+}
+
+/// Tells the coordinator, before a checkpoint is converted, which reference points there are: whoever cleans up later
+/// can tell the one that the conversion made, also when nobody lived to report it.
+pub(super) async fn announce_conversion(
+    context: &JobContext,
+    duty: &rpc::Duty,
+    before: &[ReferencePoint],
+) -> Result<rpc::Duty, JobError> {
+    let request = rpc::UpdateDutyRequest {
+        job_id: context.lease.job().to_string(),
+        lease_epoch: context.lease.epoch().0,
+        duty_id: duty.duty_id.clone(),
+        state: rpc::DutyState::Created.into(),
+        checkpoint_id: duty.checkpoint_id.clone(),
+        reference_point_id: duty.reference_point_id.clone(),
+        converting: true,
+        reference_points_before: before.iter().map(|p| p.id.clone()).collect(),
     };
     Ok(context.coordinator.update_duty(request).await?)
 }

@@ -2,6 +2,7 @@
 
 use outrider_disk::DiskError;
 use outrider_proto::error_code::{self, Class, ErrorCode};
+use outrider_proto::ids::VmGuid;
 use outrider_proto::manifest::ManifestError;
 use outrider_proto::model::FieldError;
 use outrider_proto::seal::SealError;
@@ -92,6 +93,18 @@ pub enum JobError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A reference point of ours is among several that nobody explains.
+    #[error(
+        "VM {vm} has reference points that nobody explains, and one of them may be ours: {}; none is touched, for another \
+         product's base would be lost. The next backup of that product removes its own; then Outrider removes ours",
+        points.join(", ")
+    )]
+    Unclear {
+        /// VM.
+        vm: VmGuid,
+        /// Their ids.
+        points: Vec<String>,
+    },
     /// Restoring.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -164,6 +177,7 @@ impl JobError {
             Self::Restore(RestoreError::Store(e)) => of_store(e),
             Self::Restore(RestoreError::Disk(_)) => error_code::LOW_SPACE,
             Self::Restore(_) => error_code::CHUNK_LOST,
+            Self::Unclear { .. } => error_code::HOST_UNCLEAN,
             Self::TargetTaken(_) => error_code::VM_EXISTS,
             Self::Unfit(_) => error_code::HOST_UNFIT,
             Self::File { .. } => error_code::LOW_SPACE,

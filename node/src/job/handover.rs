@@ -14,7 +14,7 @@ use outrider_proto::rpc::{self, DutyState};
 use tokio::time::Instant;
 
 use super::backup::Open;
-use super::checkpoint::update_duty;
+use super::checkpoint::{announce_conversion, update_duty};
 use super::commit::Committed;
 use super::leftovers::Recorded;
 use super::{JobContext, JobError, capture, leftovers};
@@ -241,6 +241,8 @@ async fn convert_and_bind(
             bound: work.older.clone().unwrap_or_default(),
         })
         .await?;
+    let duty = announce_conversion(context, &work.duty, &existing).await?;
+    let work = HandOver { duty, ..work };
     let point = match context.hypervisor.convert(&context.lease, work.vm.guid, checkpoint).await {
         Ok(point) => point,
         Err(HypervisorError::CheckpointGone { checkpoint }) => {

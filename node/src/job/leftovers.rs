@@ -6,6 +6,8 @@
 //! precheck refuses others'), and another product's checkpoint cannot be made beside ours. So if a duty is still
 //! *recorded* and exactly one nameless recovery checkpoint exists, it is taken for ours and removed (nothing was read from
 //! it). If there are several, none is touched, and the duty stays open for an operator to see.
+//!
+//! A reference point that a conversion made and nobody reported is told in the same way: see `left_by_conversion`.
 
 use outrider_proto::ids::{VmGuid, VmKey};
 use outrider_proto::rpc::{self, DutyState};
@@ -89,6 +91,31 @@ pub(super) async fn clear(
             remove_point(context, vm, &points, &point.id).await?;
         }
     }
+    // Those that a hypervisor calls ours by name are dealt with already.
+    let nameless_points: Vec<&ReferencePoint> =
+        points.iter().filter(|p| !context.hypervisor.owns(p)).collect();
+    let mut unclear = None;
+    for duty in &open {
+        let there = checkpoints.iter().any(|c| names(duty, c));
+        let kept: Vec<&str> = [Some(bound), spare].into_iter().flatten().collect();
+        match left_by_conversion(duty, there, &nameless_points, &kept, duties) {
+            Left::Nothing => {}
+            Left::Ours(point) => {
+                tracing::info!(
+                    reference_point = point.id,
+                    "removing the reference point of a conversion that nobody lived to report"
+                );
+                context.hypervisor.destroy_reference_point(&context.lease, vm, point).await?;
+            }
+            Left::Unclear(found) => {
+                unclear = Some(JobError::Unclear { vm, points: found });
+            }
+        }
+    }
+    if let Some(unclear) = unclear {
+        // The duties stay: somebody has to look.
+        return Err(unclear);
+    }
     for duty in open {
         if !duty.reference_point_id.is_empty()
             && !duty.reference_point_id.eq_ignore_ascii_case(bound)
@@ -103,6 +130,44 @@ pub(super) async fn clear(
         update_duty(context, duty, DutyState::Done, None, None).await?;
     }
     Ok(())
+}
+
+/// What a conversion that was announced and never reported left.
+#[derive(Debug, PartialEq, Eq)]
+enum Left<'a> {
+    Nothing,
+    /// Exactly one reference point appeared, and its checkpoint is gone.
+    Ours(&'a ReferencePoint),
+    /// Several appeared: one may be ours, and another product's is never touched on a guess.
+    Unclear(Vec<String>),
+}
+
+/// A reference point has no name. Ours is told by what is known around it: the duty says which ones there were before the
+/// conversion; while the checkpoint is there, no conversion has happened, and no other product can make a checkpoint of
+/// its own to convert; what the coordinator has bound or a duty names is accounted for.
+fn left_by_conversion<'a>(
+    duty: &rpc::Duty,
+    checkpoint_there: bool,
+    points: &[&'a ReferencePoint],
+    kept: &[&str],
+    duties: &[rpc::Duty],
+) -> Left<'a> {
+    let reported = !duty.reference_point_id.is_empty();
+    if !duty.converting || reported || checkpoint_there {
+        return Left::Nothing;
+    }
+    let known = |point: &ReferencePoint| {
+        let same = |id: &str| point.id.eq_ignore_ascii_case(id);
+        duty.reference_points_before.iter().any(|id| same(id))
+            || kept.iter().any(|id| same(id))
+            || duties.iter().any(|d| same(&d.reference_point_id))
+    };
+    let new: Vec<&ReferencePoint> = points.iter().copied().filter(|p| !known(p)).collect();
+    match new.as_slice() {
+        [] => Left::Nothing,
+        [one] => Left::Ours(one),
+        several => Left::Unclear(several.iter().map(|p| p.id.clone()).collect()),
+    }
 }
 
 fn named_by(checkpoint: &Checkpoint, duties: &[&rpc::Duty]) -> bool {
@@ -131,5 +196,52 @@ pub(super) async fn remove_point(
             context.hypervisor.destroy_reference_point(&context.lease, vm, point).await
         }
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(id: &str) -> ReferencePoint {
+        ReferencePoint { id: id.into(), path: String::new(), tracking: vec![] }
+    }
+
+    #[test]
+    fn only_the_one_reference_point_that_a_conversion_can_have_made_is_taken_for_ours() {
+        let duty = rpc::Duty {
+            converting: true,
+            reference_points_before: vec!["BOUND".into(), "OTHERS".into()],
+            ..rpc::Duty::default()
+        };
+        let duties = [duty.clone()];
+        let before = [point("bound"), point("others"), point("spare")];
+        let one = [point("bound"), point("others"), point("new")];
+        let two = [point("bound"), point("new"), point("newer")];
+        fn refs(points: &[ReferencePoint]) -> Vec<&ReferencePoint> {
+            points.iter().collect()
+        }
+        let kept = ["bound", "spare"];
+        let left = |points: &[ReferencePoint], there| match left_by_conversion(
+            &duty,
+            there,
+            &refs(points),
+            &kept,
+            &duties,
+        ) {
+            Left::Nothing => "nothing".to_owned(),
+            Left::Ours(point) => format!("ours: {}", point.id),
+            Left::Unclear(points) => format!("unclear: {}", points.join(" ")),
+        };
+        assert_eq!(left(&before, false), "nothing", "it was not converted");
+        assert_eq!(left(&one, false), "ours: new");
+        assert_eq!(left(&one, true), "nothing", "the checkpoint is there: another's");
+        assert_eq!(left(&two, false), "unclear: new newer", "never on a guess");
+        let named = [rpc::Duty { reference_point_id: "NEW".into(), ..rpc::Duty::default() }];
+        let by_duty = left_by_conversion(&duty, false, &refs(&one), &kept, &named);
+        assert_eq!(by_duty, Left::Nothing);
+        let silent = rpc::Duty { converting: false, ..duty.clone() };
+        let silent = left_by_conversion(&silent, false, &refs(&one), &kept, &duties);
+        assert_eq!(silent, Left::Nothing);
     }
 }

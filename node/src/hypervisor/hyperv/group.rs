@@ -16,7 +16,7 @@ use super::HyperV;
 use super::call::provider;
 use super::cluster::{VM_RESOURCE, owner_of};
 use super::wql::{self, literal};
-use crate::hypervisor::error::{HypervisorError, cluster_is_busy, meaning_in_cluster};
+use crate::hypervisor::error::{HypervisorError, Retry, meaning};
 use crate::lease::Lease;
 
 const GROUP: &str = "MSCluster_ResourceGroup";
@@ -216,8 +216,8 @@ impl HyperV {
                 (Ok(_), 0) => return Ok(()),
                 (Err(e), 0) => return Err(provider(doing)(e)),
                 (answer, code) => {
-                    let (meant, remedy) = meaning_in_cluster(code);
                     let told = answer.err().map(|e| e.to_string());
+                    let (meant, remedy) = meaning(code, told.as_deref().unwrap_or_default());
                     HypervisorError::Refused {
                         doing: doing.to_owned(),
                         code,
@@ -227,7 +227,7 @@ impl HyperV {
                 }
             };
             let pause: Duration = backoff.next_wait();
-            if !cluster_is_busy(code) || Instant::now() + pause >= until {
+            if failure.retry() != Retry::Later || Instant::now() + pause >= until {
                 return Err(failure);
             }
             tracing::info!(doing, error = %failure, ?pause, "the cluster is busy, asking again");
@@ -326,7 +326,16 @@ mod tests {
     #[test]
     fn a_busy_cluster_is_told_from_its_words() {
         assert_eq!(win32_in("group is locked (0x80071748)"), Some(5960));
-        assert!(cluster_is_busy(5960) && cluster_is_busy(5908) && !cluster_is_busy(5010));
+        let refused = |code| HypervisorError::Refused {
+            doing: String::new(),
+            code,
+            reason: String::new(),
+            remedy: "",
+        };
+        for busy in [5023, 5908, 5944, 5949, 5959, 5960, 5962] {
+            assert_eq!(refused(busy).retry(), Retry::Later, "{busy}");
+        }
+        assert_ne!(refused(EXISTS).retry(), Retry::Later);
         assert_eq!(win32_in("no code"), None);
         assert_eq!(win32_in("0x8007"), None);
     }
