@@ -31,7 +31,7 @@ const RESOURCE_WAIT: u32 = 300;
 
 impl HyperV {
     /// The cluster's resource of a VM; `None` when it is not clustered.
-    async fn vm_resource(&self, vm: VmGuid, kind: &str) -> Result<Option<Object>, HypervisorError> {
+    async fn resource_of(&self, vm: VmGuid, kind: &str) -> Result<Option<Object>, HypervisorError> {
         let doing = "look for a VM in the cluster";
         let of_kind = format!("SELECT * FROM MSCluster_Resource WHERE Type={}", literal(kind));
         let by_vm = format!("{of_kind} AND PrivateProperties.VmID={}", literal(&vm.to_string()));
@@ -51,7 +51,7 @@ impl HyperV {
         vm: VmGuid,
     ) -> Result<Option<(Object, ClusterGroup)>, HypervisorError> {
         let doing = "read a VM's cluster group";
-        let Some(resource) = self.vm_resource(vm, VM_RESOURCE).await? else { return Ok(None) };
+        let Some(resource) = self.resource_of(vm, VM_RESOURCE).await? else { return Ok(None) };
         let groups = self
             .wmi
             .associators(NS_CLUSTER, &resource.path, "MSCluster_ResourceGroupToResource", GROUP)
@@ -76,7 +76,7 @@ impl HyperV {
         &self,
         vm: VmGuid,
     ) -> Result<Option<String>, HypervisorError> {
-        let resource = self.vm_resource(vm, VM_RESOURCE).await?;
+        let resource = self.resource_of(vm, VM_RESOURCE).await?;
         Ok(resource.as_ref().and_then(owner_of).map(|(_, owner)| owner))
     }
 
@@ -86,7 +86,7 @@ impl HyperV {
         lease: &Lease,
         vm: VmGuid,
     ) -> Result<(), HypervisorError> {
-        let Some(resource) = self.vm_resource(vm, VM_RESOURCE).await? else { return Ok(()) };
+        let Some(resource) = self.resource_of(vm, VM_RESOURCE).await? else { return Ok(()) };
         let doing = format!("take VM {vm} offline in its cluster");
         let args = vec![("TimeOut".to_owned(), RESOURCE_WAIT.into())];
         self.cluster_change(lease, &doing, &resource.path, "TakeOffline", args).await
@@ -98,7 +98,7 @@ impl HyperV {
         lease: &Lease,
         vm: VmGuid,
     ) -> Result<bool, HypervisorError> {
-        let Some(resource) = self.vm_resource(vm, VM_RESOURCE).await? else { return Ok(false) };
+        let Some(resource) = self.resource_of(vm, VM_RESOURCE).await? else { return Ok(false) };
         let doing = format!("start VM {vm} in its cluster");
         let args = vec![("TimeOut".to_owned(), RESOURCE_WAIT.into())];
         self.cluster_change(lease, &doing, &resource.path, "BringOnline", args).await?;
@@ -136,7 +136,7 @@ impl HyperV {
                 described(settings)
             ));
         }
-        if let Some(resource) = self.vm_resource(vm, CONFIGURATION_RESOURCE).await? {
+        if let Some(resource) = self.resource_of(vm, CONFIGURATION_RESOURCE).await? {
             let doing = format!("tell the cluster where the files of VM {vm} are");
             let path = &resource.path;
             if let Err(e) =

@@ -49,7 +49,7 @@ impl HyperV {
             saved_state: settings.bool("IsSaved").unwrap_or(false),
             nics: adapters(&parts, &self.switches().await?),
             images: images(&parts),
-            security: self.security(&parts).await?,
+            security: self.security_at(&parts).await?,
             group: match vm {
                 Some(vm) => self.group_of(vm).await?.map(|(_, group)| group),
                 None => None,
@@ -71,7 +71,7 @@ impl HyperV {
         Ok(found.iter().filter_map(switch).collect())
     }
 
-    async fn security(&self, parts: &[Object]) -> Result<Option<Security>, HypervisorError> {
+    async fn security_at(&self, parts: &[Object]) -> Result<Option<Security>, HypervisorError> {
         let Some(settings) = parts.iter().find(|o| o.class == SECURITY) else { return Ok(None) };
         let on = |name| settings.bool(name).unwrap_or(false);
         if !(on("TpmEnabled") || on("ShieldingRequested") || on("KsdEnabled")) {
