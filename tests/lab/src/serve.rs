@@ -316,7 +316,7 @@ impl Session {
                 }
             }
             Ask::Grant { vm, folder } => {
-                let folder = tokio::fs::canonicalize(crate::host_path::host_path(&folder)).await.map_err(|_| {
+                let folder = tokio::fs::canonicalize(host_path(&folder)).await.map_err(|_| {
                     Refusal::NotFound { namespace: "lab".into(), path: folder.clone() }
                 })?;
                 methods::grant(&self.cluster, &vm, &folder).map(|()| Answer::Done)
