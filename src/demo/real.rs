@@ -183,11 +183,15 @@ impl RealStage {
         vm: Option<&str>,
         kind: rpc::BackupKind,
     ) -> Result<Vec<rpc::Job>, Failure> {
+        let names = match vm {
+            Some(name) => vec![name.to_owned()],
+            None => self.cluster.names(),
+        };
         let (vm, group) = match vm {
             Some(name) => (self.key(name)?, String::new()),
             None => (String::new(), GROUP.to_owned()),
         };
-        for name in self.cluster.names() {
+        for name in names {
             let on_disk = self.cluster.vm(&name)?.guest.last_committed();
             self.points.entry(name).or_default().1 = on_disk;
         }
