@@ -76,3 +76,29 @@ fn the_demo_tells_its_whole_story_on_given_disks_and_gives_them_back_unchanged()
         .collect();
     assert!(left.is_empty(), "the demo left its folder: {left:?}");
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_demo_on_real_vms_tells_its_whole_story_or_says_what_to_install() {
+    let installed = outrider_tests::real::installation().is_some();
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut demo = Command::new(outrider_tests::binary::outrider());
+    demo.args(["demo", "--hypervisor", "qemu", "--json", "--dir"]).arg(folder.path());
+    if !installed {
+        let output = demo.output().expect("the demo runs");
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(3), "{told}");
+        assert!(told.contains("install"), "{told}");
+        return;
+    }
+    let output = demo.output().expect("the demo runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}\n{}", String::from_utf8_lossy(&output.stdout));
+    let result: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("one JSON object");
+    let steps = result["steps"].as_array().expect("steps");
+    let names: Vec<_> = steps.iter().filter_map(|s| s["name"].as_str()).collect();
+    let story = "setup first-backup incremental migrate-mid-backup leader-killed host-killed restore hosts-clean";
+    assert_eq!(names.join(" "), story, "{result}");
+    assert!(std::fs::read_dir(folder.path()).expect("a folder").next().is_none(), "all is gone");
+}
