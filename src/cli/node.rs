@@ -2,12 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
 use super::{Done, duration};
-use crate::install;
+use crate::{install, output};
+use outrider_node::doctor::Verdict;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum NodeCommand {
@@ -24,6 +26,12 @@ pub(crate) enum NodeCommand {
         /// An image of a Linux machine instead of this one
         #[arg(long, value_name = "DIR")]
         root: Option<PathBuf>,
+    },
+    /// Compare this host with what backups need of it; changes nothing. Exits with 1 when something would stop backups
+    Doctor {
+        /// The agent's configuration (TOML)
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
     },
     /// What the service manager of Windows runs
     #[cfg(windows)]
@@ -118,7 +126,36 @@ pub(crate) async fn run(command: NodeCommand, json: bool) -> Done {
         NodeCommand::Start => install::steer(true, json).await,
         NodeCommand::Stop => install::steer(false, json).await,
         NodeCommand::Status { root } => install::status(root, json),
+        NodeCommand::Doctor { config } => doctor(&config, json).await,
         #[cfg(windows)]
         NodeCommand::Service { config } => crate::roles::service::dispatch(config).await,
     }
+}
+
+async fn doctor(config: &std::path::Path, json: bool) -> Done {
+    let config: outrider_node::Config = outrider_process::config::load(config)?;
+    let findings = outrider_node::doctor::examine(&config).await;
+    let stops = findings.iter().filter(|f| f.verdict == Verdict::Stops).count();
+    if json {
+        let list: Vec<_> = findings
+            .iter()
+            .map(|f| {
+                serde_json::json!({
+                    "area": f.area, "what": f.what, "verdict": f.verdict.as_str(), "detail": f.detail,
+                })
+            })
+            .collect();
+        output::json(&serde_json::json!({ "ok": stops == 0, "findings": list }));
+    } else {
+        let rows = findings
+            .into_iter()
+            .map(|f| [f.area.to_owned(), f.what, f.verdict.as_str().to_owned(), f.detail]);
+        println!("{}", output::table(["area", "what", "verdict", "found"], rows.collect()));
+        match stops {
+            0 => eprintln!("nothing here stops backups"),
+            1 => eprintln!("1 thing stops backups"),
+            n => eprintln!("{n} things stop backups"),
+        }
+    }
+    Ok(if stops == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -411,3 +411,32 @@ async fn the_facts_of_a_vm_come_through_in_words() {
     assert_eq!((guest.kind, guest.exchange), (GuestKind::Windows, Service::Off));
     assert_eq!(guest.other_version, Some(true));
 }
+
+/// The checklist over the lab's transport: nothing differs on a healthy host, and what would stop backups is said.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_doctor_tells_a_healthy_host_from_one_that_stops_backups() {
+    use outrider_node::doctor::{Verdict, examine};
+    let world = World::small().await;
+    let text = format!(
+        "name = \"alpha\"\nidentity_dir = \"id\"\nfabric = \"f\"\nrealm = \"cluster\"\ncoordinators = []\n\
+         scratch_dir = \"s\"\nhypervisor = \"lab\"\n[lab]\naddress = \"{}\"\n",
+        world.addr
+    );
+    let path = std::path::Path::new("node.toml");
+    let config = outrider_process::config::parse(path, &text, |_| None).expect("a valid file");
+    let found = examine(&config).await;
+    let odd: Vec<_> = found.iter().filter(|f| f.verdict != Verdict::Good).collect();
+    assert!(odd.is_empty(), "{odd:?}");
+    assert!(found.iter().any(|f| f.area == "VMs" && f.detail.contains("APPLICATION")), "{found:?}");
+    let calls = world.lab.call_log(None).await.expect("told");
+    let changes = ["CreateSnapshot", "DestroySnapshot", "ModifySystemSettings"];
+    assert!(calls.iter().all(|c| !changes.contains(&c.method.as_str())), "it only reads");
+    let shape = HostShape { build: Some(9600), ..HostShape::default() };
+    world.lab.shape_host("alpha", shape).await.expect("shaped");
+    world.shape(VmShape { backup_service: Some((2, [12, 2])), ..VmShape::default() }).await;
+    let found = examine(&config).await;
+    assert!(
+        found.iter().any(|f| f.verdict == Verdict::Stops && f.detail.contains("2012 R2")),
+        "{found:?}"
+    );
+}

@@ -8,6 +8,7 @@
 //! | `reference_point`, `changes` | resilient change tracking |
 //! | `inventory`, `watch`, `cluster` | what is there, and what changes |
 //! | `facts`, `disks`, `volumes` | what the consistency plan and the prechecks decide on |
+//! | `contract` | what is expected of WMI: for `node doctor` and the documents |
 //! | `offline` | saving a VM for a moment |
 //! | `attached` | disks whose files cannot be opened |
 //! | `machine` | what a VM has besides disks, and what a host has for it |
@@ -18,6 +19,7 @@ mod attached;
 mod call;
 mod changes;
 mod cluster;
+pub mod contract;
 mod disks;
 mod facts;
 mod group;
@@ -62,6 +64,14 @@ pub struct HyperV {
 }
 
 impl HyperV {
+    /// What is known of this host.
+    ///
+    /// # Errors
+    /// When the provider does not answer.
+    pub async fn host(&self) -> Result<super::facts::Host, HypervisorError> {
+        self.host_facts().await
+    }
+
     /// The Hyper-V that `wmi` speaks to, of the host whose files `files` opens.
     #[must_use]
     pub fn new(wmi: Arc<dyn Wmi>, files: Arc<dyn HostFiles>, times: JobTimes) -> Self {
