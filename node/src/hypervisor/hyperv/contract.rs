@@ -196,10 +196,15 @@ mod tests {
     fn every_class_and_method_of_the_contract_is_named_by_the_code() {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/hypervisor/hyperv");
         let mut all = String::new();
-        for entry in std::fs::read_dir(dir).expect("the sources are there") {
-            let path = entry.expect("an entry").path();
-            if path.is_file() && !path.ends_with("contract.rs") {
-                all += &std::fs::read_to_string(path).expect("readable");
+        let mut folders = vec![dir];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).expect("the sources are there") {
+                let path = entry.expect("an entry").path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if !path.ends_with("contract.rs") {
+                    all += &std::fs::read_to_string(path).expect("readable");
+                }
             }
         }
         for class in CLASSES {
