@@ -171,7 +171,9 @@ impl Checkpoints {
         name: &str,
     ) -> Result<Checkpoint, HypervisorError> {
         let _one = machine.graph.lock().await;
-        let busy = |what: &str| QemuError::Busy { vm: machine.name.clone(), what: what.to_owned() };
+        let busy = |what: &str| Self::busy(machine, what);
+        // By QEMU's own word: events may be under way.
+        machine.ask_for_migration().await;
         if machine.is_migrating() {
             return Err(busy("it is being migrated").into());
         }
@@ -220,6 +222,10 @@ impl Checkpoints {
         let disks = captured.into_iter().enumerate().map(|(index, disk)| OpenDisk { index, disk });
         let open = Open { id, name: name.to_owned(), disks: disks.collect() };
         Ok(open.handle(machine))
+    }
+
+    fn busy(machine: &Machine, what: &str) -> QemuError {
+        QemuError::Busy { vm: machine.name.clone(), what: what.to_owned() }
     }
 
     async fn build(
@@ -311,13 +317,17 @@ impl Checkpoints {
         let mut commands: Vec<(&str, Value)> = disks.iter().enumerate().map(set).collect();
         let stopped = disks.len() > 1 && machine.run_state().await? == "running";
         if stopped {
+            // A stop in the last moments of a migration would travel: the VM would arrive paused, and stay so.
+            machine.ask_for_migration().await;
+            if machine.is_migrating() {
+                return Err(Self::busy(machine, "a migration began"));
+            }
             self.held.note_stopped(machine)?;
             commands.insert(0, ("stop", Value::Null));
-            commands.push(("cont", Value::Null));
         }
         let answers = machine.qmp.execute_all(commands).await;
         if stopped {
-            self.held.resumed(machine, answers.last().is_some_and(Result::is_ok)).await?;
+            self.held.resume(machine).await?;
         }
         answers.into_iter().collect::<Result<Vec<_>, _>>()?;
         Ok(())

@@ -235,8 +235,9 @@ impl Fleet {
             "STOP" if machine.is_migrating() => {}
             "STOP" | "RESUME" | "SHUTDOWN" | "RESET" | "POWERDOWN" | "SUSPEND" | "WAKEUP"
             | "GUEST_PANICKED" | "BLOCK_IO_ERROR" | "DEVICE_DELETED" | "DEVICE_TRAY_MOVED" => {
+                // A migration that failed, or only a short stop of our own while one goes on.
                 if event.name == "RESUME" {
-                    machine.set_migrating(false);
+                    machine.ask_for_migration().await;
                 }
                 self.tell_news(machine).await;
             }

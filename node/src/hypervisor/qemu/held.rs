@@ -185,9 +185,10 @@ impl Held {
         self.record(machine, "stopped")
     }
 
-    /// After a short stop: makes sure that the VM goes on.
-    pub(super) async fn resumed(&self, machine: &Machine, resumed: bool) -> Result<(), QmpError> {
-        if !resumed {
+    /// After a short stop: lets the VM go on. Only one that is `paused` still: one that a migration took away meanwhile
+    /// (`finish-migrate`, `postmigrate`) runs elsewhere, and `cont` would make it run here as well, on the same disks.
+    pub(super) async fn resume(&self, machine: &Machine) -> Result<(), QmpError> {
+        if machine.run_state().await? == "paused" {
             machine.qmp.execute("cont", Value::Null).await?;
         }
         self.forget(machine, "stopped");

@@ -96,10 +96,9 @@ mod tests {
 
     #[test]
     fn malformed_chunks_are_refused() {
-        assert!(
-            decompress(&[0x00, 0xb0, 0x01], 4096).is_none(),
-            "a reference that is cut off or before the start"
-        );
+        assert!(decompress(&[0x01, 0xb0, 0x01, 0x00], 4096).is_none(), "a reference cut off");
+        let before_the_start = [0x02, 0xb0, 0x01, 0x00, 0x00];
+        assert!(decompress(&before_the_start, 4096).is_none(), "a reference before the start");
         assert!(decompress(&[0xff, 0xbf, 0x00], 4096).is_none(), "longer than what is there");
     }
 }
