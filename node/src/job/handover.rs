@@ -5,13 +5,11 @@
 
 use std::collections::HashSet;
 
-use outrider_process::backoff::Backoff;
 use outrider_proto::ids::{CheckpointId, ChunkId, PointId, VmKey};
 use outrider_proto::journal::JournalEntry;
 use outrider_proto::manifest::Manifest;
 use outrider_proto::model::{Binding, BoundDisk, parse};
 use outrider_proto::rpc::{self, DutyState};
-use tokio::time::Instant;
 
 use super::backup::Open;
 use super::checkpoint::{announce_conversion, update_duty};
@@ -322,33 +320,6 @@ async fn clean(context: &JobContext, vm: &VmKey, known: &[rpc::Duty]) -> Result<
         duties.into_iter().filter(|d| d.state() != DutyState::Done).partition(|d| d.job_id == job);
     let bound = now.binding.as_ref();
     leftovers::clear(context, vm.guid, &others, bound, Recorded::End, None).await?;
-    wait_for_merge(context, vm).await?;
+    leftovers::wait_for_merge(context, vm.guid).await?;
     leftovers::clear(context, vm.guid, &mine, bound, Recorded::End, None).await
-}
-
-async fn wait_for_merge(context: &JobContext, vm: &VmKey) -> Result<(), JobError> {
-    let until = Instant::now() + context.times.merge_wait;
-    let mut backoff =
-        Backoff::new(context.times.busy_first, context.times.busy_ceiling, Backoff::any_seed());
-    loop {
-        context.lease.check()?;
-        let state = context.hypervisor.vm(vm.guid).await?;
-        let ours = |path: &str| path.to_ascii_lowercase().ends_with(".avhdx");
-        let merging = state.is_merging();
-        if !merging {
-            return Ok(());
-        }
-        let pause = backoff.next_wait();
-        if Instant::now() + pause >= until {
-            let open = state.vm.disks.iter().filter(|d| ours(&d.path)).count();
-            return Err(JobError::Hypervisor(HypervisorError::TooLong {
-                doing: format!(
-                    "merge the checkpoint of VM {:?} ({open} disks still on a child file)",
-                    state.vm.name
-                ),
-                waited: context.times.merge_wait,
-            }));
-        }
-        tokio::time::sleep(pause).await;
-    }
 }

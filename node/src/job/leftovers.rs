@@ -9,8 +9,10 @@
 //!
 //! A reference point that a conversion made and nobody reported is told in the same way: see `left_by_conversion`.
 
+use outrider_process::backoff::Backoff;
 use outrider_proto::ids::{VmGuid, VmKey};
 use outrider_proto::rpc::{self, DutyState};
+use tokio::time::Instant;
 
 use super::checkpoint::{is_ours, may_have_saved, update_duty};
 use super::{JobContext, JobError, Outcome};
@@ -116,6 +118,9 @@ pub(super) async fn clear(
         // The duties stay: somebody has to look.
         return Err(unclear);
     }
+    if recorded == Recorded::End && !open.is_empty() {
+        wait_for_merge(context, vm).await?;
+    }
     for duty in open {
         if !duty.reference_point_id.is_empty()
             && !duty.reference_point_id.eq_ignore_ascii_case(bound)
@@ -130,6 +135,41 @@ pub(super) async fn clear(
         update_duty(context, duty, DutyState::Done, None, None).await?;
     }
     Ok(())
+}
+
+/// Waits until no checkpoint of the VM is being merged: only then is a host clean (promise 5). A VM that is not here has
+/// nothing to merge here.
+///
+/// # Errors
+/// [`HypervisorError::TooLong`] when the merge takes longer than is waited for: its duty stays open.
+pub(super) async fn wait_for_merge(context: &JobContext, vm: VmGuid) -> Result<(), JobError> {
+    let until = Instant::now() + context.times.merge_wait;
+    let mut backoff =
+        Backoff::new(context.times.busy_first, context.times.busy_ceiling, Backoff::any_seed());
+    loop {
+        context.lease.check()?;
+        let state = match context.hypervisor.vm(vm).await {
+            Ok(state) => state,
+            Err(HypervisorError::NoSuchVm { .. }) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        let ours = |path: &str| path.to_ascii_lowercase().ends_with(".avhdx");
+        if !state.is_merging() {
+            return Ok(());
+        }
+        let pause = backoff.next_wait();
+        if Instant::now() + pause >= until {
+            let open = state.vm.disks.iter().filter(|d| ours(&d.path)).count();
+            return Err(JobError::Hypervisor(HypervisorError::TooLong {
+                doing: format!(
+                    "merge the checkpoint of VM {:?} ({open} disks still on a child file)",
+                    state.vm.name
+                ),
+                waited: context.times.merge_wait,
+            }));
+        }
+        tokio::time::sleep(pause).await;
+    }
 }
 
 /// What a conversion that was announced and never reported left.
