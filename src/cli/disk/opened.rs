@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use outrider_disk::{DiskChain, RawDisk, ReadDisk};
+use outrider_proto::error_code;
 
 use crate::report::Failure;
 
@@ -45,7 +46,8 @@ fn refuse_what_is_no_file(file: &Path) -> Result<(), Failure> {
             .hint("Name a disk file: a .vhdx, .avhdx, .vhd, .avhd, .raw or .img.")),
         Ok(found) if found.len() == 0 && found.is_file() => {
             Err(refused("the file is empty".into())
-                .hint("Whatever wrote it did not get further: copy or create the disk again."))
+                .hint("Whatever wrote it did not get further: copy or create the disk again.")
+                .with_code(error_code::DISK_BROKEN.code))
         }
         Ok(_) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
