@@ -60,7 +60,7 @@ pub(crate) struct Install {
     /// Serve metrics and health there, such as 0.0.0.0:9803
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
-    /// More settings for the configuration (TOML), such as [limits]
+    /// More settings for the configuration (TOML), such as its table limits
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
     /// How long to wait for jobs of an agent that is to be replaced
