@@ -81,6 +81,10 @@ pub(super) struct RealHost {
 
 impl Hosts {
     /// What a host's agent has to know of its hypervisor.
+    #[cfg_attr(
+        not(unix),
+        expect(unused_variables, reason = "only real hosts differ from each other")
+    )]
     fn settings(&self, host: &str, lab: SocketAddr) -> [(&'static str, Value); 2] {
         match self {
             Self::Lab => [("hypervisor", text("lab")), ("lab", table([("address", text(lab))]))],
