@@ -7,6 +7,11 @@ use outrider_disk::vhdx::{CrashPoint, CreateOptions, Header, VhdxLayer, VhdxWrit
 use outrider_disk::{DiskError, DiskFormat, LayerMap, ReadDisk, ReadLayer, open_disk};
 use proptest::prelude::*;
 
+#[path = "bytes/vhdx.rs"]
+mod bytes;
+
+use bytes::reseal;
+
 const MIB: u64 = 1 << 20;
 
 fn small(path: &Path) -> VhdxWriter {
@@ -49,18 +54,6 @@ fn interesting() -> impl Strategy<Value = usize> {
         3 * m..3 * m + 64_usize,
         4 * m..7 * m,
     ]
-}
-
-/// Makes the checksums of headers and region tables right again, so that damage gets past them.
-fn reseal(bytes: &mut [u8]) {
-    let parts = [(64 << 10, 4096), (128 << 10, 4096), (192 << 10, 65536), (256 << 10, 65536)];
-    for (at, len) in parts {
-        if let Some(part) = bytes.get_mut(at..at + len) {
-            part[4..8].fill(0);
-            let crc = crc32c::crc32c(part);
-            part[4..8].copy_from_slice(&crc.to_le_bytes());
-        }
-    }
 }
 
 proptest! {

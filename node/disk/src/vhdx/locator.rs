@@ -75,11 +75,12 @@ impl ParentLocator {
     }
 
     /// The DataWriteGuids that the parent may have: the one when the child was made and, while a merge
-    /// into the parent runs, the one that the parent has from then on.
+    /// into the parent runs, the one that the parent has from then on. Windows writes zeros for none.
     pub fn linkages(&self) -> Vec<Uuid> {
         ["parent_linkage", "parent_linkage2"]
             .iter()
             .filter_map(|key| Uuid::parse_str(self.get(key)?.trim()).ok())
+            .filter(|linkage| !linkage.is_nil())
             .collect()
     }
 
