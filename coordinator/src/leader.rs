@@ -316,11 +316,15 @@ impl Leader {
 
     async fn carry_out(&self, decision: Decision) -> Result<(), ProposeError> {
         match decision {
-            Decision::RunGroup { group, vms, skipped, next_run_ms } => {
-                let jobs = vms
-                    .into_iter()
-                    .map(|vm| backup(vm, Some(group), BackupKind::Incremental, "scheduled"))
-                    .collect();
+            Decision::RunGroup { group, vms, checks, skipped, next_run_ms } => {
+                let job = |vm: VmKey| match checks.contains(&vm) {
+                    true => {
+                        let kind = BackupKind::ConsistencyCheck;
+                        backup(vm, Some(group), kind, schedule::check::WHY)
+                    }
+                    false => backup(vm, Some(group), BackupKind::Incremental, "scheduled"),
+                };
+                let jobs = vms.into_iter().map(job).collect();
                 self.propose(Change::RunGroup { group, jobs, skipped, next_run_ms }).await?;
             }
             Decision::Cleanup { vm } => {

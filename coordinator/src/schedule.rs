@@ -1,6 +1,8 @@
 //! Schedule: what to start now. A pure function of the state, of who is attached, and of the time.
 
-use std::collections::BTreeMap;
+pub(crate) mod check;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use outrider_proto::ids::{GroupId, JobId, PlacementEpoch, VmKey};
 
@@ -39,8 +41,14 @@ pub(crate) struct Live {
 /// What to do.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Decision {
-    /// A group's time has come. Runs missed meanwhile are this one run.
-    RunGroup { group: GroupId, vms: Vec<VmKey>, skipped: u64, next_run_ms: u64 },
+    /// A group's time has come. Runs missed meanwhile are this one run. What `checks` names of `vms` is read as a whole.
+    RunGroup {
+        group: GroupId,
+        vms: Vec<VmKey>,
+        checks: BTreeSet<VmKey>,
+        skipped: u64,
+        next_run_ms: u64,
+    },
     /// Somebody must fulfil the VM's duties.
     Cleanup { vm: VmKey },
     /// Give the job to the host.
@@ -89,7 +97,8 @@ fn due_groups(state: &State, now_ms: u64) -> Vec<Decision> {
             .partition(|vm| !runs(state, vm));
         let missed = (now_ms - at) / every;
         let next_run_ms = at.saturating_add(every.saturating_mul(missed + 1));
-        Decision::RunGroup { group, vms, skipped: others.len() as u64, next_run_ms }
+        let checks = vms.iter().filter(|vm| check::is_due(state, vm, now_ms)).cloned().collect();
+        Decision::RunGroup { group, vms, checks, skipped: others.len() as u64, next_run_ms }
     })
     .collect()
 }

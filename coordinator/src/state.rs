@@ -106,7 +106,7 @@ impl State {
             Change::VmPlaced { vm, host } => self.vm_placed(&vm, &host, now),
             Change::VmDuplicate { vm, duplicate } => self.vm_duplicate(&vm, duplicate),
             Change::VmGone { vm } => self.vm_gone(&vm, now),
-            Change::TrackingUnproven { vm } => self.tracking_unproven(&vm),
+            Change::TrackingUnproven { vm } => self.tracking_unproven(&vm, now),
             Change::CreateGroup(group) => self.create_group(*group),
             Change::EditGroup { group, policy } => self.edit_group(group, *policy, now),
             Change::RunGroup { group, jobs, skipped, next_run_ms } => {
@@ -129,7 +129,7 @@ impl State {
                 self.update_duty(job, epoch, duty, &step)
             }
             Change::Commit(proposal) => self.commit(*proposal, now),
-            Change::Bind { job, epoch, binding } => self.bind(job, epoch, *binding),
+            Change::Bind { job, epoch, binding } => self.bind(job, epoch, *binding, now),
             Change::RaiseIncarnation { job, epoch, vm, why } => {
                 self.raise_incarnation(job, epoch, &vm, &why)
             }

@@ -296,6 +296,12 @@ pub trait Hypervisor: Send + Sync + 'static {
         None
     }
 
+    /// When this host was started, Unix milliseconds; `None` where nothing depends on it: change tracking that tells by
+    /// itself what it lost in a crash.
+    async fn host_started(&self) -> Result<Option<u64>, HypervisorError> {
+        Ok(None)
+    }
+
     /// Everything.
     async fn inventory(&self) -> Result<Inventory, HypervisorError>;
 

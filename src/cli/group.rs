@@ -72,6 +72,10 @@ pub(super) struct PolicyArgs {
     /// Leave out page and swap files where they are certain: they are restored as zeros
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     skip_page_files: Option<bool>,
+    /// After a crash of a VM's host, everything is read and compared once within this time (7days unless named), 0s at
+    /// the next run
+    #[arg(long, value_parser = super::duration, value_name = "TIME")]
+    check_within: Option<Duration>,
 }
 
 /// Consistency levels that can be asked for.
@@ -99,7 +103,10 @@ impl PolicyArgs {
     /// `policy` with what was named on the command line.
     fn apply(self, policy: &mut rpc::Policy) {
         if let Some(every) = self.every {
-            policy.every_ms = u64::try_from(every.as_millis()).unwrap_or(u64::MAX);
+            policy.every_ms = millis(every);
+        }
+        if let Some(within) = self.check_within {
+            policy.check_within_ms = Some(millis(within));
         }
         if let Some(level) = self.consistency {
             policy.wanted = level.wire();
@@ -115,6 +122,10 @@ impl PolicyArgs {
         set(&mut policy.no_change_tracking, self.no_change_tracking);
         set(&mut policy.skip_page_files, self.skip_page_files);
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 pub(super) async fn run(command: Command, json: bool) -> Done {

@@ -124,6 +124,7 @@ pub(crate) fn group(g: &rpc::Group) -> Value {
             "chunk_size": p.chunk_size, "require_all_disks": p.require_all_disks,
             "allow_offline": p.allow_offline, "no_quiesce": p.no_quiesce, "truncate_logs": p.truncate_logs,
             "no_change_tracking": p.no_change_tracking, "skip_page_files": p.skip_page_files,
+            "check_within_ms": p.check_within_ms,
         })
     });
     json!({

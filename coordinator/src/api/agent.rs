@@ -121,6 +121,7 @@ impl Agent for AgentService {
             version: hello.version,
             hypervisor: hello.hypervisor,
             boot_id: hello.boot_id,
+            started_ms: hello.host_started_unix_ms,
         };
         let (session, down) = self
             .leader

@@ -20,7 +20,8 @@ use tonic::{Request, Response, Status};
 
 use super::{peer, wire};
 use crate::leader::{Leader, backup, new_job, operator_ticket, wire_layout};
-use crate::state::facts::Consistency;
+use crate::schedule::check;
+use crate::state::facts::{BackupKind, Consistency};
 use crate::state::groups::{NewGroup, Policy};
 use crate::state::jobs::{NewJob, Restore, Work};
 use crate::state::points::Point;
@@ -225,7 +226,16 @@ impl Operator for OperatorService {
                 refusal = Some(error);
                 continue;
             }
-            let group = self.read(|state| state.group_of(&vm).map(|(id, _)| id));
+            let now = self.leader.member().clock().unix_millis();
+            let (group, due) = self.read(|state| {
+                (state.group_of(&vm).map(|(id, _)| id), check::is_due(state, &vm, now))
+            });
+            let (kind, why) = match kind {
+                BackupKind::Incremental if due => {
+                    (BackupKind::ConsistencyCheck, format!("{}; {why}", check::WHY))
+                }
+                kind => (kind, why.clone()),
+            };
             match self.create(backup(vm, group, kind, &why)).await {
                 Ok(job) => jobs.push(job),
                 Err(error) => refusal = Some(error),
@@ -434,6 +444,7 @@ fn policy(p: rpc::Policy) -> Result<Policy, Status> {
         truncate_logs: p.truncate_logs,
         no_change_tracking: p.no_change_tracking,
         skip_page_files: p.skip_page_files,
+        check_within_ms: p.check_within_ms.unwrap_or(default.check_within_ms),
     };
     let needs_guest = matches!(policy.minimum, Consistency::Application | Consistency::FileSystem);
     if policy.no_quiesce && needs_guest {

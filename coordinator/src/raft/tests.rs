@@ -35,6 +35,7 @@ fn entry(index: u64) -> Entry {
         version: "1".into(),
         hypervisor: "hyperv".into(),
         boot_id: index,
+        started_ms: 0,
     };
     let command = Command { at_ms: index, change: Change::HostAttached(attached) };
     Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }

@@ -56,6 +56,7 @@ fn a_group_runs_at_its_interval_and_missed_runs_are_one() {
         let expected = next.map(|next_run_ms| Decision::RunGroup {
             group: id,
             vms: vec![vm.clone()],
+            checks: BTreeSet::new(),
             skipped: 0,
             next_run_ms,
         });
@@ -79,8 +80,13 @@ fn a_vm_whose_last_run_still_runs_is_skipped_and_counted() {
     let id = group(&mut w, &[&a, &b], 1_000);
     w.leased(&a, "hv1");
     let decided = decide(&w.state, &all(), &Limits::default(), 11_000);
-    let run =
-        Decision::RunGroup { group: id, vms: vec![b.clone()], skipped: 1, next_run_ms: 12_000 };
+    let run = Decision::RunGroup {
+        group: id,
+        vms: vec![b.clone()],
+        checks: BTreeSet::new(),
+        skipped: 1,
+        next_run_ms: 12_000,
+    };
     assert_eq!(decided[0], run);
     let jobs = vec![crate::leader::backup(b, Some(id), crate::state::facts::BackupKind::Full, "")];
     let change = Change::RunGroup { group: id, jobs, skipped: 1, next_run_ms: 12_000 };

@@ -14,10 +14,19 @@ pub(crate) struct Base {
     pub(crate) incarnation: VmIncarnation,
     /// Who bound it.
     pub(crate) job: JobId,
+    /// Since when its change tracking is in doubt, Unix milliseconds; the first host crash counts.
+    #[serde(default)]
+    pub(crate) unproven_since_ms: Option<u64>,
 }
 
 impl State {
-    pub(super) fn bind(&mut self, id: JobId, epoch: LeaseEpoch, binding: Binding) -> Outcome {
+    pub(super) fn bind(
+        &mut self,
+        id: JobId,
+        epoch: LeaseEpoch,
+        binding: Binding,
+        now: u64,
+    ) -> Outcome {
         let Some(job) = self.jobs.get(id) else { return Refusal::UnknownJob(id).into() };
         let bound = self.bases.get(&job.vm);
         if bound.is_some_and(|b| b.job == id && same_base(&b.binding, &binding)) {
@@ -52,19 +61,27 @@ impl State {
             ))
             .into();
         }
-        let unproven = job.unproven || binding.tracking_unproven;
-        let binding = Binding { tracking_unproven: unproven, ..binding };
-        let base = Base { binding, incarnation: vm.incarnation, job: id };
+        // A point that may lack a change hands the doubt on: what is built on it may lack the same. Only a point that
+        // was read as a whole ends it.
+        let unproven = job.unproven || binding.tracking_unproven || point.tracking_unproven;
+        let since = bound.and_then(|b| b.unproven_since_ms).unwrap_or(now);
+        let base = Base {
+            binding: Binding { tracking_unproven: unproven, ..binding },
+            incarnation: vm.incarnation,
+            job: id,
+            unproven_since_ms: unproven.then_some(since),
+        };
         self.bases.insert(job.vm.clone(), base);
         Outcome::Bound
     }
 
     /// The VM's host crashed. A job under way may have made its checkpoint before: its point and what it binds later are
     /// as unproven as the base is now.
-    pub(super) fn tracking_unproven(&mut self, vm: &VmKey) -> Outcome {
+    pub(super) fn tracking_unproven(&mut self, vm: &VmKey, now: u64) -> Outcome {
         self.jobs.mark_unproven(vm);
         if let Some(base) = self.bases.get_mut(vm) {
             base.binding.tracking_unproven = true;
+            base.unproven_since_ms.get_or_insert(now);
         }
         Outcome::Done
     }

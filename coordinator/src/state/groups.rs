@@ -51,6 +51,13 @@ pub(crate) struct Policy {
     /// Page and swap files are left out.
     #[serde(default)]
     pub(crate) skip_page_files: bool,
+    /// Within this time after a host crash everything is read and compared; 0: at the next run.
+    #[serde(default = "week")]
+    pub(crate) check_within_ms: u64,
+}
+
+fn week() -> u64 {
+    7 * 24 * 60 * 60 * 1000
 }
 
 impl Default for Policy {
@@ -67,6 +74,7 @@ impl Default for Policy {
             truncate_logs: false,
             no_change_tracking: false,
             skip_page_files: false,
+            check_within_ms: week(),
         }
     }
 }

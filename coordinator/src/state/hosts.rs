@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Outcome, State};
 
+/// Readings of one start of a host differ by less than this.
+const START_TOLERANCE_MS: u64 = 10_000;
+
 /// A hypervisor host whose agent has said hello once, or that a cluster named.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Host {
@@ -18,6 +21,9 @@ pub(crate) struct Host {
     pub(crate) since_ms: u64,
     /// Last hello.
     pub(crate) attached_ms: u64,
+    /// Start of its operating system as its agent read it last, Unix milliseconds; 0: never told.
+    #[serde(default)]
+    pub(crate) started_ms: u64,
 }
 
 /// What an agent says of itself.
@@ -28,12 +34,22 @@ pub(crate) struct Attached {
     pub(crate) version: String,
     pub(crate) hypervisor: String,
     pub(crate) boot_id: u64,
+    /// Start of the host's operating system, Unix milliseconds; 0: not known.
+    #[serde(default)]
+    pub(crate) started_ms: u64,
 }
 
 impl State {
+    /// A host that was started anew may have crashed and come back before anybody called it down, and no log says so for
+    /// certain: the change tracking of what is placed there is in doubt.
     pub(super) fn host_attached(&mut self, a: Attached, now: u64) -> Outcome {
-        let was_up = self.hosts.get(&a.host).is_some_and(|h| h.up);
-        let since_ms = self.hosts.get(&a.host).filter(|_| was_up).map_or(now, |h| h.since_ms);
+        let before = self.hosts.get(&a.host);
+        let since_ms = before.filter(|h| h.up).map_or(now, |h| h.since_ms);
+        let known_ms = before.map_or(0, |h| h.started_ms);
+        if restarted(known_ms, a.started_ms) {
+            self.host_lost_tracking(&a.host, now);
+        }
+        let started_ms = if a.started_ms == 0 { known_ms } else { a.started_ms };
         self.hosts.insert(
             a.host,
             Host {
@@ -44,6 +60,7 @@ impl State {
                 up: true,
                 since_ms,
                 attached_ms: now,
+                started_ms,
             },
         );
         Outcome::Done
@@ -66,6 +83,14 @@ impl State {
             }
             _ => return Outcome::Done,
         }
+        self.host_lost_tracking(host, now);
+        for (job, epoch) in self.jobs.leased_to(host) {
+            self.lease_lost(job, epoch, "the host is down", 0, now);
+        }
+        Outcome::Done
+    }
+
+    fn host_lost_tracking(&mut self, host: &str, now: u64) {
         let there: Vec<_> = self
             .vms
             .iter()
@@ -73,11 +98,14 @@ impl State {
             .map(|(k, _)| k.clone())
             .collect();
         for vm in there {
-            self.tracking_unproven(&vm);
+            self.tracking_unproven(&vm, now);
         }
-        for (job, epoch) in self.jobs.leased_to(host) {
-            self.lease_lost(job, epoch, "the host is down", 0, now);
-        }
-        Outcome::Done
     }
+}
+
+/// Whether two readings of a host's start are of two starts. What is not told is not held against the host. The reading
+/// is the wall clock less the time since the start, so it moves when the clock is set; a start that is taken for another
+/// one because of that costs a check, nothing else.
+fn restarted(before_ms: u64, now_ms: u64) -> bool {
+    before_ms != 0 && now_ms != 0 && before_ms.abs_diff(now_ms) > START_TOLERANCE_MS
 }

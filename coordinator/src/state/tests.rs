@@ -60,12 +60,21 @@ impl World {
     }
 
     pub(crate) fn attach(&mut self, host: &str, realm: &str) {
+        self.attach_in(host, realm, 0);
+    }
+
+    fn attach_started(&mut self, host: &str, started_ms: u64) {
+        self.attach_in(host, "cluster", started_ms);
+    }
+
+    fn attach_in(&mut self, host: &str, realm: &str, started_ms: u64) {
         self.apply(Change::HostAttached(Attached {
             host: host.to_owned(),
             realm: realm.to_owned(),
             version: "1".into(),
             hypervisor: "hyperv".into(),
             boot_id: 1,
+            started_ms,
         }));
     }
 
@@ -479,6 +488,65 @@ fn a_host_crash_makes_tracking_unproven_in_both_orders() {
         w.bind(job, epoch, point);
         assert!(!w.state.bases[&vm].binding.tracking_unproven);
     }
+}
+
+/// What a point may lack, every point built on it lacks, too.
+#[test]
+fn doubt_about_change_tracking_is_handed_on_until_everything_was_read() {
+    let mut w = World::new();
+    let vm = w.vm(1, "hv1");
+    let run = |w: &mut World, unproven| {
+        let (job, epoch) = w.leased(&vm, "hv1");
+        let mut proposal = w.proposal(job, epoch);
+        proposal.tracking_unproven = unproven;
+        let outcome = w.apply(Change::Commit(Box::new(proposal)));
+        let Outcome::Committed(point) = outcome else { panic!("not committed") };
+        w.bind(job, epoch, point);
+        w.finish(job, epoch, true, None);
+        let base = &w.state.bases[&vm];
+        (base.binding.tracking_unproven, base.unproven_since_ms)
+    };
+    assert_eq!(run(&mut w, false), (false, None));
+    w.apply(Change::TrackingUnproven { vm: vm.clone() });
+    let crashed = w.now;
+    w.apply(Change::TrackingUnproven { vm: vm.clone() });
+    assert_eq!(run(&mut w, true), (true, Some(crashed)), "an incremental");
+    assert_eq!(run(&mut w, true), (true, Some(crashed)), "and what is built on it");
+    assert_eq!(run(&mut w, false), (false, None), "everything was read");
+}
+
+/// A host that comes back before anybody calls it down has lost the change tracking in its memory all the same.
+#[test]
+fn a_host_that_was_started_anew_leaves_tracking_unproven() {
+    let table = [
+        (0, 0, false),
+        (0, 50_000, false),
+        (50_000, 0, false),
+        (50_000, 59_999, false),
+        (50_000, 40_001, false),
+        (50_000, 60_001, true),
+        (50_000, 20_000, true),
+    ];
+    for (before, after, expected) in table {
+        let mut w = World::new();
+        w.attach_started("hv1", before);
+        let (here, elsewhere) = (w.vm(1, "hv1"), w.vm(2, "hv2"));
+        for (vm, host) in [(&here, "hv1"), (&elsewhere, "hv2")] {
+            let (job, epoch) = w.leased(vm, host);
+            let Outcome::Committed(point) = w.commit(job, epoch) else { panic!("not committed") };
+            w.bind(job, epoch, point);
+        }
+        w.attach_started("hv1", after);
+        let unproven = |vm: &VmKey| w.state.bases[vm].binding.tracking_unproven;
+        assert_eq!(unproven(&here), expected, "started at {before}, then at {after}");
+        assert!(!unproven(&elsewhere));
+    }
+    // A hello that does not tell it forgets nothing.
+    let mut w = World::new();
+    for started in [50_000, 0] {
+        w.attach_started("hv1", started);
+    }
+    assert_eq!(w.state.hosts["hv1"].started_ms, 50_000);
 }
 
 /// The checkpoint may be older than the crash: what changed between the two was tracked in memory only.

@@ -105,7 +105,7 @@ impl State {
         vm.placement = vm.placement.next();
         // A move off a dead host is a crash, whatever the order in which we hear of the two.
         if from.is_some_and(|from| self.hosts.get(&from).is_some_and(|h| !h.up)) {
-            self.tracking_unproven(key);
+            self.tracking_unproven(key, now);
         }
         self.jobs.vm_moved(key, now);
         Outcome::Done

@@ -81,6 +81,7 @@ impl Agent {
             version: "test".into(),
             hypervisor: "hyperv".into(),
             boot_id,
+            host_started_unix_ms: 0,
         });
         up.send(rpc::AgentUp { what: Some(hello) }).await.expect("the stream is open");
         let down = client.attach(ReceiverStream::new(messages)).await?.into_inner();

@@ -78,6 +78,11 @@ async fn attach(
         Ok(channel) => channel,
         Err(status) => return status,
     };
+    // A host that comes back has to say so before it gets work: a provider that does not answer yet is asked again.
+    let host_started = match agent.hypervisor.host_started().await {
+        Ok(started) => started.unwrap_or(0),
+        Err(e) => return Status::unavailable(format!("the hypervisor does not answer: {e}")),
+    };
     let (stream_in, stream_out) = mpsc::channel::<AgentUp>(UP);
     let (up, mut from_watcher) = mpsc::channel::<What>(UP);
     let hello = What::Hello(rpc::Hello {
@@ -86,6 +91,7 @@ async fn attach(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         hypervisor: agent.hypervisor.kind().to_owned(),
         boot_id: agent.boot_id,
+        host_started_unix_ms: host_started,
     });
     if stream_in.send(AgentUp { what: Some(hello) }).await.is_err() {
         return Status::internal("the stream closed before it began");

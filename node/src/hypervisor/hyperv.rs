@@ -185,6 +185,10 @@ impl Hypervisor for HyperV {
         self.machine_at(checkpoint).await
     }
 
+    async fn host_started(&self) -> Result<Option<u64>, HypervisorError> {
+        self.started().await
+    }
+
     async fn host_facts(&self) -> Result<HostFacts, HypervisorError> {
         self.facts_of_host().await
     }

@@ -168,7 +168,7 @@ impl Restore<'_> {
             }
         };
         for (slot, file) in &replaced.disks {
-            if used.contains(file) {
+            if used.iter().any(|other| same_file(other, file)) {
                 tracing::warn!(vm = %made, slot, file = %file.display(), "a file of the replaced VM is another VM's disk, too: it stays");
                 continue;
             }
@@ -205,7 +205,26 @@ impl Restore<'_> {
     }
 }
 
+/// Whether two paths name one file to Windows, where neither case nor the kind of slash matters. Elsewhere that may call two
+/// files one: then a file stays that could have gone.
+fn same_file(a: &Path, b: &Path) -> bool {
+    let plain = |path: &Path| path.to_string_lossy().replace('/', "\\").to_lowercase();
+    plain(a) == plain(b)
+}
+
 fn listed(disks: &[(String, PathBuf)]) -> String {
     let names: Vec<String> = disks.iter().map(|(_, file)| file.display().to_string()).collect();
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_the_same_however_it_is_spelt() {
+        let same = |a: &str, b: &str| same_file(Path::new(a), Path::new(b));
+        assert!(same(r"C:\ClusterStorage\Volume1\Os.VHDX", r"c:\clusterstorage/volume1\os.vhdx"));
+        assert!(!same(r"C:\ClusterStorage\Volume1\os.vhdx", r"C:\ClusterStorage\Volume2\os.vhdx"));
+    }
 }

@@ -8,6 +8,7 @@
 //! This crate knows nothing of backups, jobs of ours, leases or storage.
 
 pub mod com;
+mod datetime;
 pub mod embedded;
 pub mod files;
 pub mod lab;

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::datetime;
+
 /// A property or parameter value. Integer widths of CIM (`uint8` to `sint64`) are folded into two variants: WMI itself
 /// hands 64-bit numbers out as text and the rest as 32-bit variants, so no width survives the wire anyway.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
@@ -119,6 +121,12 @@ impl Object {
     #[must_use]
     pub fn u64(&self, name: &str) -> Option<u64> {
         self.get(name).as_u64()
+    }
+
+    /// A moment (`datetime`), Unix milliseconds; `None` also for an interval.
+    #[must_use]
+    pub fn unix_ms(&self, name: &str) -> Option<u64> {
+        datetime::unix_ms(self.str(name)?)
     }
 
     /// A truth value.

@@ -48,6 +48,8 @@ impl Cluster {
             let host = Host {
                 up: true,
                 paused: false,
+                // Longer ago than two starts of one host can be apart.
+                started: now().saturating_sub(3600),
                 connections: 0,
                 life: CancellationToken::new(),
                 equipment: Equipment::of(name),

@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::classes;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, now};
 use crate::control::MigrationKind;
 use crate::disks::locked;
 use crate::error::LabError;
@@ -171,6 +171,7 @@ pub(crate) fn start(cluster: &Cluster, name: &str) -> Result<(), LabError> {
         let host = s.host_mut(name)?;
         if !host.up {
             host.up = true;
+            host.started = now();
             host.life = CancellationToken::new();
             s.announce_node(name, 1);
         }

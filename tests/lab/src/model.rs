@@ -60,6 +60,8 @@ pub(crate) const DELETED: &str = "__InstanceDeletionEvent";
 pub(crate) struct Host {
     pub(crate) up: bool,
     pub(crate) paused: bool,
+    /// When it was started, Unix seconds.
+    pub(crate) started: u64,
     pub(crate) connections: usize,
     /// Cancelled when the host crashes: its agent connections end.
     pub(crate) life: CancellationToken,

@@ -108,6 +108,7 @@ fn policy(policy: &Policy) -> rpc::Policy {
         truncate_logs: policy.truncate_logs,
         no_change_tracking: policy.no_change_tracking,
         skip_page_files: policy.skip_page_files,
+        check_within_ms: Some(policy.check_within_ms),
     }
 }
 

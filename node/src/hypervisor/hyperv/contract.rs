@@ -95,7 +95,7 @@ pub const CLASSES: &[Class] = &[
     Class { namespace: NS_VIRTUALIZATION, name: "Msvm_ReplicationRelationship", need: Helps,
         properties: &[("InstanceID", Text), ("ReplicationMode", Number), ("ReplicationState", Number), ("ReplicationHealth", Number)],
         remark: "Hyper-V Replica; that a log is being applied is in no state that is known: a refusal on the receiving side is taken for it" },
-    Class { namespace: NS_CIM, name: "Win32_OperatingSystem", need: Helps, properties: &[("BuildNumber", Text), ("CSName", Text)], remark: "release of the host and its name" },
+    Class { namespace: NS_CIM, name: "Win32_OperatingSystem", need: Helps, properties: &[("BuildNumber", Text), ("CSName", Text), ("LastBootUpTime", Text)], remark: "release of the host, its name, and whether it was started anew" },
     Class { namespace: NS_CLUSTER, name: "MSCluster_Cluster", need: Clustered, properties: &[("Name", Text), ("ClusterFunctionalLevel", Number)], remark: "" },
     Class { namespace: NS_CLUSTER, name: "MSCluster_Node", need: Clustered,
         properties: &[("Name", Text), ("State", Number), ("StatusInformation", Number), ("NodeDrainStatus", Number)], remark: "up, paused, draining, isolated, quarantined" },

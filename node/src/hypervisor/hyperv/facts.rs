@@ -183,6 +183,13 @@ impl HyperV {
         Ok(self.query("count the checkpoints of a VM", &wql).await?.len())
     }
 
+    /// When Windows was started.
+    pub(super) async fn started(&self) -> Result<Option<u64>, HypervisorError> {
+        let wql = "SELECT LastBootUpTime FROM Win32_OperatingSystem";
+        let found = self.optional(NS_CIM, "ask when the host was started", wql).await?;
+        Ok(found.first().and_then(|system| system.unix_ms("LastBootUpTime")))
+    }
+
     /// Build of this host, level of its cluster, and what the cluster says of it.
     pub(super) async fn host_facts(&self) -> Result<Host, HypervisorError> {
         let doing = "ask for the host's release";

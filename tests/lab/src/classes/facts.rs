@@ -4,7 +4,7 @@
 use outrider_wmi::{Object, Value, embedded};
 use uuid::Uuid;
 
-use super::virtualization::{RASD, SASD};
+use super::virtualization::{RASD, SASD, datetime};
 use crate::model::{Disk, Power, State, Vm, guid};
 use crate::shape::Device;
 use crate::wql::path_of;
@@ -27,7 +27,8 @@ pub(super) fn windows(state: &State, host: &str, class: &str) -> Option<Vec<Obje
                 .with("BuildNumber", state.around.build(host).to_string())
                 .with("Version", format!("10.0.{}", state.around.build(host)))
                 .with("Caption", "Microsoft Windows Server")
-                .with("CSName", host),
+                .with("CSName", host)
+                .with("LastBootUpTime", datetime(state.hosts.get(host).map_or(0, |h| h.started))),
         ]
     } else if is("Win32_Service") {
         let service = |name: &str| {

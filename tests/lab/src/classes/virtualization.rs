@@ -388,7 +388,7 @@ fn service(class: &str, name: &str, host: &str) -> Object {
 }
 
 /// CIM datetime, in UTC.
-fn datetime(seconds: u64) -> String {
+pub(super) fn datetime(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // Civil date from days since 1970 (proleptic Gregorian calendar, years from March on).
     let z = days + 719_468;
