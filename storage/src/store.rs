@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 
 use outrider_format::entry::{Name, Provenance};
 use outrider_format::segment::SegmentNumber;
+use outrider_process::clock::{Clock, SystemClock};
 use outrider_process::fs::{self, DirLock, FsError};
 use outrider_proto::frame::Space;
 use outrider_proto::ids::{ChunkId, FabricId, NodeIncarnation};
@@ -409,7 +410,10 @@ impl Shared {
     }
 }
 
-/// The incarnation of this start: one more than the last, durable before it is used.
+/// The incarnation of this start, durable before it is used: more than the last one, and not less than the wall clock in
+/// milliseconds. The clock is what makes a folder that was emptied, or set back to an older snapshot, another incarnation
+/// than the one whose receipts speak of what was lost with it. Were it set back, too, the number would be an older one, and
+/// the coordinator refuses those.
 fn next_incarnation(path: &Path) -> Result<NodeIncarnation, OpenError> {
     let last = match std::fs::read_to_string(path) {
         Ok(text) => text.trim().parse::<u64>().map_err(|_| OpenError::State {
@@ -420,8 +424,9 @@ fn next_incarnation(path: &Path) -> Result<NodeIncarnation, OpenError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
         Err(error) => return Err(FsError::io("read", path)(error).into()),
     };
-    fs::write_atomic(path, format!("{}\n", last + 1).as_bytes())?;
-    Ok(NodeIncarnation(last + 1))
+    let next = last.saturating_add(1).max(SystemClock::new().unix_millis());
+    fs::write_atomic(path, format!("{next}\n").as_bytes())?;
+    Ok(NodeIncarnation(next))
 }
 
 /// Opens sled; tables that do not open are made anew, since the segments hold everything that is in them.

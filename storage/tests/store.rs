@@ -157,6 +157,37 @@ async fn an_id_is_known_only_after_its_bytes_are_synced_and_a_crash_takes_only_t
     }
 }
 
+/// Its receipts of before would speak of what is not there any more.
+#[test]
+fn a_folder_that_was_emptied_or_set_back_is_another_incarnation() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let folder = dir.path().join("store");
+    let file = folder.join("incarnation");
+    let open = || Store::open(&folder, config(IndexKind::Memory)).expect("opened").incarnation();
+    let first = open();
+    let snapshot = std::fs::read(&file).expect("written");
+    let second = open();
+    let later = || {
+        let mut now = std::time::SystemTime::now();
+        let reached = std::time::UNIX_EPOCH + std::time::Duration::from_millis(second.0 + 1);
+        while now < reached {
+            std::thread::yield_now();
+            now = std::time::SystemTime::now();
+        }
+    };
+    later();
+    std::fs::remove_dir_all(&folder).expect("emptied");
+    let emptied = open();
+    assert!(first < second && second < emptied, "{first:?} {second:?} {emptied:?}");
+    std::fs::write(&file, snapshot).expect("set back");
+    let set_back = open();
+    assert!(set_back > second, "{set_back:?}");
+    // Starts in one millisecond, or with a clock that goes wrong.
+    let ahead = u64::MAX / 2;
+    std::fs::write(&file, ahead.to_string()).expect("written");
+    assert_eq!(open().0, ahead + 1);
+}
+
 #[tokio::test]
 async fn a_lost_index_is_rebuilt_with_the_same_answers_and_incarnations_grow() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -170,7 +201,7 @@ async fn a_lost_index_is_rebuilt_with_the_same_answers_and_incarnations_grow() {
     store.close();
     std::fs::remove_dir_all(dir.path().join("tables")).expect("removed");
     let store = Store::open(dir.path(), config(IndexKind::Sled)).expect("rebuilt");
-    assert_eq!(store.incarnation(), incarnation.next());
+    assert!(store.incarnation() > incarnation, "grows with each start");
     assert!(all_there(&store, &ids));
     assert_eq!(store.status().chunks, 60);
     let named = store.list_named(Space::Journal, &[5; 16]).expect("listed");
