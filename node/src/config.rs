@@ -138,6 +138,8 @@ pub struct JobTimes {
     /// How long a merge is waited for before the job says that the host is not clean.
     #[serde(with = "humantime_serde")]
     pub merge_wait: Duration,
+    /// How long a VM that is not on this host is waited for: a move is followed by the end of the lease.
+    pub vm_wait: Duration,
     /// How long a coordinator is sought before a job gives up (its lease usually ends first).
     #[serde(with = "humantime_serde")]
     pub coordinator_wait: Duration,
@@ -157,6 +159,7 @@ impl Default for JobTimes {
             redirected_patience: Duration::from_secs(300),
             hypervisor_job: Duration::from_secs(1800),
             merge_wait: Duration::from_secs(600),
+            vm_wait: Duration::from_secs(60),
             coordinator_wait: Duration::from_secs(120),
             storage_patience: Duration::from_secs(600),
         }

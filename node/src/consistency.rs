@@ -277,6 +277,9 @@ fn at_rest(facts: &VmFacts) -> (Consistency, &'static str) {
         GuestKind::Unix => {
             (Consistency::FileSystem, "the guest's daemon froze its mounted file systems")
         }
+        GuestKind::OfQemu => {
+            (Consistency::FileSystem, "the QEMU guest agent froze the guest's mounted file systems")
+        }
         // Nobody says that applications took part.
         GuestKind::Unknown => (
             Consistency::FileSystem,
@@ -342,6 +345,7 @@ fn service_obstacle(service: Service, guest: GuestKind) -> Option<(&'static str,
         GuestKind::Unix => {
             "install and start the guest's hv_vss_daemon (hyperv-daemons, linux-cloud-tools)"
         }
+        GuestKind::OfQemu => return of_qemu(service),
         GuestKind::Unknown => {
             "install or start the integration services in the guest, or accept crash consistency"
         }
@@ -361,6 +365,13 @@ fn service_obstacle(service: Service, guest: GuestKind) -> Option<(&'static str,
             ("the guest's backup integration service does not answer", install)
         }
     })
+}
+
+fn of_qemu(service: Service) -> Option<(&'static str, &'static str)> {
+    (!service.answers()).then_some((
+        "its QEMU guest agent cannot be asked: there is no socket NAME.qga beside the monitor",
+        "install qemu-guest-agent in the guest and give the VM its port and socket (docs/qemu.md), or accept crash consistency",
+    ))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! Every method that changes something takes the job's [`Lease`] and asks it right before each call to the hypervisor,
 //! retries included: a stale agent that wakes up in the middle of a back-off changes nothing.
 
+mod boot;
 pub mod error;
 pub mod facts;
 pub mod hyperv;
@@ -20,6 +21,7 @@ use outrider_proto::manifest::{DiskManifest, Machine};
 use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
+pub use boot::{BootCheck, Booting, Sign};
 pub use error::{HypervisorError, Retry};
 pub use new_vm::{Defined, HostFacts, Networks, NewVm, SetAside};
 
@@ -425,6 +427,28 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Starts a VM.
     async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError>;
+
+    /// Why [`Hypervisor::boot_vm`] cannot see what this check asks for, whatever the VM; asked before a restore writes anything.
+    fn boot_obstacle(&self, _check: &BootCheck) -> Option<&'static str> {
+        Some("this hypervisor does not tell whether a VM boots")
+    }
+
+    /// Starts a VM and watches until it is seen to have booted, it ends, or the check's patience does. The VM stays as it
+    /// is, whatever was seen.
+    ///
+    /// # Errors
+    /// It could not be started or asked; that it does not boot is no error.
+    async fn boot_vm(
+        &self,
+        _lease: &Lease,
+        vm: VmGuid,
+        check: &BootCheck,
+    ) -> Result<Booting, HypervisorError> {
+        Err(HypervisorError::Odd {
+            doing: format!("see whether VM {vm} boots"),
+            detail: self.boot_obstacle(check).unwrap_or_default().into(),
+        })
+    }
 
     /// Saves a running VM for a moment, through its cluster group where it has one; returns when it is saved.
     ///

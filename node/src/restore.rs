@@ -6,9 +6,11 @@
 //! | `plan` | what speaks against it on this host, before anything is written (pure) |
 //! | `target` | where a restored VM goes, and what is in its way |
 //! | `make` | the steps of a restore |
+//! | `boot` | seeing whether it boots |
 //! | `swap` | taking the place of a VM, so that there is always one |
 //! | `trail` | how far it is, for whoever continues after a crash |
 
+mod boot;
 mod disk;
 mod make;
 mod plan;
@@ -141,8 +143,9 @@ pub(crate) async fn run(
             error: None,
         },
         Err(Failure { error, made }) => Outcome {
-            // A VM that is there and does not run as asked is no restore that is done.
-            data_safe: false,
+            // A VM that is there and could not be started is no restore that is done; one that was started and does not
+            // boot is: its bytes are those of the point.
+            data_safe: matches!(error, JobError::NotBooted(_)),
             host_clean: true,
             restored_vm: made.and_then(restored),
             warnings,
@@ -190,6 +193,7 @@ async fn restore_vm(
     context.phase("planning");
     let facts = context.hypervisor.host_facts().await?;
     warnings.extend(plan::check(&manifest, work, &facts, &context.host)?);
+    boot::refuse_in_vain(context.hypervisor.as_ref(), work)?;
     let inventory = context.hypervisor.inventory().await?;
     if work.keep_guid {
         not_elsewhere(context, &manifest, &inventory).await?;

@@ -1,5 +1,7 @@
 //! `outrider restore`
 
+use std::time::Duration;
+
 use clap::Args as ClapArgs;
 use outrider_proto::rpc;
 
@@ -48,6 +50,17 @@ pub(super) struct Args {
     /// Start the VM afterwards
     #[arg(long)]
     power_on: bool,
+    /// Start the VM and see whether it boots: within TIME its guest agent (Hyper-V: its heartbeat
+    /// service) must answer, or a login prompt stand on its serial console
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "5m", value_parser = super::duration)]
+    boot_check: Option<Duration>,
+    /// With --boot-check: only this text on the serial console counts (QEMU)
+    #[arg(long, value_name = "TEXT", requires = "boot_check")]
+    boot_text: Option<String>,
+    /// With --boot-check: a settled picture on the screen counts, too; weak, for a boot loader's
+    /// menu is one (QEMU)
+    #[arg(long, requires = "boot_check", conflicts_with = "boot_text")]
+    boot_screen: bool,
     /// Wait for the end
     #[arg(long)]
     wait: bool,
@@ -77,6 +90,11 @@ fn switch(text: &str) -> Result<rpc::SwitchChoice, String> {
 }
 
 pub(super) async fn run(args: Args, json: bool) -> Done {
+    let boot_check = args.boot_check.map(|patience| rpc::BootCheck {
+        patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX).max(1),
+        text: args.boot_text.unwrap_or_default(),
+        screen: args.boot_screen,
+    });
     let operator = args.connection.open()?;
     let request = rpc::RestoreRequest {
         point_id: args.what.point.unwrap_or_default(),
@@ -93,6 +111,7 @@ pub(super) async fn run(args: Args, json: bool) -> Done {
         discard_saved_state: args.discard_saved_state,
         with_checkpoints: args.with_checkpoints,
         keep_replaced: args.keep_replaced,
+        boot_check,
     };
     let started = operator.restore(request).await?;
     job::started(&operator, vec![started], args.wait, json).await

@@ -12,7 +12,9 @@ use outrider_lab::{
 };
 use outrider_node::hypervisor::Hypervisor;
 use outrider_node::hypervisor::facts::{GuestKind, Release, Service};
-use outrider_proto::ids::VmGuid;
+use outrider_node::lease::Lease;
+use outrider_process::clock::{Clock, SystemClock};
+use outrider_proto::ids::{JobId, LeaseEpoch, VmGuid};
 use outrider_proto::rpc::{self, BackupKind, BackupWork, Consistency};
 
 impl World {
@@ -439,4 +441,43 @@ async fn the_doctor_tells_a_healthy_host_from_one_that_stops_backups() {
         found.iter().any(|f| f.verdict == Verdict::Stops && f.detail.contains("2012 R2")),
         "{found:?}"
     );
+}
+
+/// A VM of Hyper-V is called booted when its heartbeat service is in contact, and never else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_without_a_heartbeat_is_never_called_booted() {
+    use outrider_node::hypervisor::{BootCheck, Sign};
+    let world = World::small().await;
+    let hypervisor = world.hypervisor("alpha").await;
+    let clock = std::sync::Arc::new(SystemClock::new());
+    let hour = Duration::from_secs(3600);
+    let lease = Lease::granted(JobId::random(), LeaseEpoch(1), hour, false, clock.clone());
+    lease.renew(clock.monotonic());
+    let vm = VmGuid(world.vm.id);
+    let check = BootCheck { patience: DEADLINE, text: None, screen: false };
+    let brief = BootCheck { patience: Duration::from_millis(50), ..check.clone() };
+    let heartbeat = |enabled, status| VmShape {
+        heartbeat_service: Some((enabled, [status, 2])),
+        ..VmShape::default()
+    };
+    for (shape, says) in [
+        (heartbeat(2, 12), "never in contact"),
+        (heartbeat(2, 13), "lost contact"),
+        (heartbeat(2, 3), "status 3"),
+        (heartbeat(3, 2), "Enable-VMIntegrationService"),
+    ] {
+        world.lab.stop_vm(&world.name()).await.expect("stopped");
+        world.shape(shape).await;
+        let seen = hypervisor.boot_vm(&lease, vm, &brief).await.expect("started");
+        assert_eq!(seen.sign, None, "{seen:?}");
+        assert!(seen.sentence("web").contains(says), "{says}: {}", seen.sentence("web"));
+    }
+    world.lab.stop_vm(&world.name()).await.expect("stopped");
+    world.shape(heartbeat(2, 2)).await;
+    let seen = hypervisor.boot_vm(&lease, vm, &check).await.expect("started");
+    assert_eq!(seen.sign, Some(Sign::Heartbeat), "{seen:?}");
+    let text = BootCheck { text: Some("login:".into()), ..check.clone() };
+    assert!(hypervisor.boot_obstacle(&text).is_some_and(|why| why.contains("--boot-text")));
+    let screen = BootCheck { screen: true, ..check };
+    assert!(hypervisor.boot_obstacle(&screen).is_some_and(|why| why.contains("--boot-screen")));
 }

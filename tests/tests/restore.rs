@@ -184,6 +184,30 @@ async fn what_a_host_cannot_run_is_refused_before_anything_is_written() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_boot_check_tells_what_was_seen_and_one_that_hyperv_cannot_make_is_refused_first() {
+    let fabric = Fabric::start(Plan::default()).await;
+    fabric.vm(VM, "alpha", 16 * MIB).await;
+    let point = fabric.operator.backed_up(VM, BackupKind::Full).await;
+    let check = |text: &str| {
+        Some(rpc::BootCheck { patience_ms: 60_000, text: text.to_owned(), screen: false })
+    };
+    let before = files_of_restores(&fabric);
+    let text = rpc::RestoreRequest { boot_check: check("up"), ..copy_to(&point, "beta", "first") };
+    let job = restored(&fabric, text).await;
+    assert_eq!(job.error_code, "OUT-N-0008", "{job:?}");
+    assert!(job.reason.contains("--boot-text"), "{job:?}");
+    assert_eq!(files_of_restores(&fabric), before, "nothing was written");
+    let request = rpc::RestoreRequest {
+        boot_check: check(""),
+        power_on: false,
+        ..copy_to(&point, "beta", "second")
+    };
+    let told = report(&fabric, request).await;
+    assert!(told.contains("VM \"second\" has booted") && told.contains("heartbeat"), "{told}");
+    assert_eq!(fabric.seen("second").await.enabled_state, 2, "it was started for the check");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_virtual_tpm_is_warned_about_at_its_backup_and_where_its_certificates_are_missing() {
     let fabric = Fabric::start(Plan::default()).await;
     fabric.vm(VM, "alpha", 16 * MIB).await;

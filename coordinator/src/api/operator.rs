@@ -23,7 +23,7 @@ use crate::leader::{Leader, backup, new_job, operator_ticket, wire_layout};
 use crate::schedule::check;
 use crate::state::facts::{BackupKind, Consistency};
 use crate::state::groups::{NewGroup, Policy};
-use crate::state::jobs::{NewJob, Restore, Work};
+use crate::state::jobs::{BootCheck, NewJob, Restore, Work};
 use crate::state::points::Point;
 use crate::state::vms::is_followed;
 use crate::state::{Change, Outcome, State};
@@ -355,6 +355,11 @@ impl Operator for OperatorService {
                 discard_saved_state: r.discard_saved_state,
                 with_checkpoints: r.with_checkpoints,
                 keep_replaced: r.keep_replaced,
+                boot_check: r.boot_check.map(|check| BootCheck {
+                    patience_ms: check.patience_ms,
+                    text: check.text,
+                    screen: check.screen,
+                }),
             };
             Ok(new_job(point.vm.clone(), None, |_| Work::Restore(Box::new(restore))))
         })?;

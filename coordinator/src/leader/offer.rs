@@ -110,6 +110,11 @@ fn work(work: &Work, policy: &Policy) -> WireWork {
             discard_saved_state: r.discard_saved_state,
             with_checkpoints: r.with_checkpoints,
             keep_replaced: r.keep_replaced,
+            boot_check: r.boot_check.as_ref().map(|check| rpc::BootCheck {
+                patience_ms: check.patience_ms,
+                text: check.text.clone(),
+                screen: check.screen,
+            }),
         }),
         Work::Cleanup { why } => WireWork::Cleanup(rpc::CleanupWork { why: why.clone() }),
     }

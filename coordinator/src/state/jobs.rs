@@ -103,6 +103,16 @@ pub(crate) struct Restore {
     pub(crate) with_checkpoints: bool,
     #[serde(default)]
     pub(crate) keep_replaced: bool,
+    #[serde(default)]
+    pub(crate) boot_check: Option<BootCheck>,
+}
+
+/// How it is seen whether a restored VM boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BootCheck {
+    pub(crate) patience_ms: u64,
+    pub(crate) text: String,
+    pub(crate) screen: bool,
 }
 
 /// Where a job is in its life.

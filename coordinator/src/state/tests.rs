@@ -404,6 +404,7 @@ fn an_incarnation_raised_by_another_job_supersedes_the_commit() {
         discard_saved_state: false,
         with_checkpoints: false,
         keep_replaced: false,
+        boot_check: None,
     };
     let restore = w.create(&key(1), Work::Restore(Box::new(restore))).expect("beside the backup");
     let Outcome::Leased(re) = w.lease(restore, "hv2") else { panic!("not leased") };

@@ -148,6 +148,20 @@ fn table() -> Vec<Row> {
             "hv_vss_daemon",
         ),
         row(
+            "C2: QEMU with the guest agent",
+            &[&kind(GuestKind::OfQemu)],
+            ASKED,
+            &[(Quiesce, FileSystem), crash],
+            "",
+        ),
+        row(
+            "C2: QEMU without it: its own agent is named, not Hyper-V's",
+            &[&kind(GuestKind::OfQemu), &silent],
+            ASKED,
+            &[crash],
+            "qemu-guest-agent",
+        ),
+        row(
             "C6: Linux is never application-consistent",
             &[&kind(GuestKind::Unix)],
             least(Application),
@@ -383,7 +397,7 @@ fn no_plan_breaks_the_policy() {
     let powers = [Power::Running, Power::Off, Power::Saved, Power::Paused, Power::Other];
     let services =
         [Service::Works, Service::WorksOlder, Service::Off, Service::Silent, Service::Unknown];
-    let kinds = [GuestKind::Windows, GuestKind::Unix, GuestKind::Unknown];
+    let kinds = [GuestKind::Windows, GuestKind::Unix, GuestKind::OfQemu, GuestKind::Unknown];
     let levels = [Consistency::Unspecified, Crash, SavedState, FileSystem, Application];
     let mut plans = 0;
     for power in powers {
@@ -420,7 +434,7 @@ fn no_plan_breaks_the_policy() {
             }
         }
     }
-    assert_eq!(plans, 5 * 5 * 3 * 5 * 25 * 4);
+    assert_eq!(plans, 5 * 5 * 4 * 5 * 25 * 4);
 }
 
 #[test]

@@ -124,6 +124,17 @@ impl HypervisorError {
         }
     }
 
+    /// Whether the VM is not here, or its process ended while it was asked.
+    #[must_use]
+    pub fn is_absent(&self) -> bool {
+        match self {
+            Self::NoSuchVm { .. } => true,
+            #[cfg(unix)]
+            Self::Qemu(e) => e.is_absent(),
+            _ => false,
+        }
+    }
+
     /// Whether the guest (not the host) failed to bring its data to rest: another way of taking the checkpoint may work.
     #[must_use]
     pub fn is_guest_failure(&self) -> bool {

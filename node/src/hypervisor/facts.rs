@@ -52,6 +52,8 @@ pub enum GuestKind {
     Windows,
     /// Linux or BSD: a daemon freezes mounted file systems.
     Unix,
+    /// Any, with the agent of QEMU: it freezes mounted file systems, and does not tell whether applications took part.
+    OfQemu,
     /// Not told.
     #[default]
     Unknown,

@@ -13,6 +13,7 @@
 //! | `attached` | disks whose files cannot be opened |
 //! | `machine` | what a VM has besides disks, and what a host has for it |
 //! | `group` | a VM's cluster group |
+//! | `heartbeat` | seeing whether a VM boots |
 //! | `import`, `replace` | VMs from restored files, and in the place of others |
 
 mod attached;
@@ -23,6 +24,7 @@ pub mod contract;
 mod disks;
 mod facts;
 mod group;
+mod heartbeat;
 mod import;
 mod inventory;
 mod machine;
@@ -46,8 +48,8 @@ use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
 use super::{
-    Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk, HostFacts, Hypervisor,
-    HypervisorError, Inventory, NewVm, ReferencePoint, SetAside, VmState,
+    BootCheck, Booting, Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk, HostFacts,
+    Hypervisor, HypervisorError, Inventory, NewVm, ReferencePoint, SetAside, VmState,
 };
 use crate::config::JobTimes;
 use crate::lease::Lease;
@@ -224,6 +226,20 @@ impl Hypervisor for HyperV {
             return Ok(());
         }
         self.request_state(lease, vm, import::RUN, "start").await
+    }
+
+    fn boot_obstacle(&self, check: &BootCheck) -> Option<&'static str> {
+        heartbeat::obstacle(check)
+    }
+
+    async fn boot_vm(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        check: &BootCheck,
+    ) -> Result<Booting, HypervisorError> {
+        self.start_vm(lease, vm).await?;
+        self.wait_for_heartbeat(lease, vm, check).await
     }
 
     async fn save_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {

@@ -9,11 +9,14 @@
 //! | `bitmaps` | dirty bitmaps as reference points |
 //! | `held` | guests that we hold still, and letting them go for certain |
 //! | `nbd`, `frozen` | reading what is exported |
-//! | `definition`, `process`, `new_disk` | VMs from recovery points |
+//! | `definition`, `network`, `process`, `new_disk` | VMs from recovery points |
+//! | `boot`, `console`, `screen` | seeing whether they boot |
 
 mod bitmaps;
 mod blocks;
+mod boot;
 mod checkpoint;
+mod console;
 mod definition;
 mod error;
 mod fleet;
@@ -23,11 +26,13 @@ mod held;
 mod machine;
 mod names;
 mod nbd;
+mod network;
 mod new_disk;
 mod process;
 mod qmp;
 mod restored;
 mod scratch;
+mod screen;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -55,8 +60,8 @@ use self::machine::Machine;
 use self::names::Bitmaps;
 use super::facts::{Access, Guest, GuestKind, Service, VmFacts, Volume};
 use super::{
-    Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk as Frozen, Hypervisor,
-    HypervisorError, Inventory, NewVm, ReferencePoint, VmState,
+    BootCheck, Booting, Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk as Frozen,
+    Hypervisor, HypervisorError, Inventory, NewVm, ReferencePoint, VmState,
 };
 use crate::config::QemuConfig;
 use crate::lease::Lease;
@@ -403,6 +408,20 @@ impl Hypervisor for Qemu {
         Ok(self.power_on(vm).await?)
     }
 
+    fn boot_obstacle(&self, _check: &BootCheck) -> Option<&'static str> {
+        None
+    }
+
+    async fn boot_vm(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        check: &BootCheck,
+    ) -> Result<Booting, HypervisorError> {
+        lease.may_mutate()?;
+        self.boot(lease, vm, check).await
+    }
+
     async fn stop_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {
         lease.may_mutate()?;
         Ok(self.power_off(vm).await?)
@@ -417,7 +436,7 @@ impl Hypervisor for Qemu {
 /// A guest agent freezes mounted file systems; that applications take part, it does not tell.
 fn guest(has_agent: bool) -> Guest {
     let backup = if has_agent { Service::Works } else { Service::Silent };
-    Guest { kind: GuestKind::Unix, backup, ..Guest::default() }
+    Guest { kind: GuestKind::OfQemu, backup, ..Guest::default() }
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -26,7 +26,7 @@ use super::leftovers::Recorded;
 use super::{
     JobContext, JobError, Outcome, capture, carry, checkpoint, commit, handover, leftovers,
 };
-use crate::hypervisor::{Checkpoint, HypervisorError};
+use crate::hypervisor::Checkpoint;
 use crate::journal::{Adopted, Journal};
 use crate::pipeline::Stats;
 
@@ -165,20 +165,38 @@ async fn steps(
                 .await
                 .err());
             }
-            Err(e) if !e.is_superseded() && is_gone(context, vm, &open.checkpoint).await => {
+            Err(e) if e.is_superseded() => return Err(e),
+            Err(e) => {
+                let ended = match gone(context, vm, &open.checkpoint).await {
+                    None => return Err(e),
+                    Some(Gone::Checkpoint) => false,
+                    Some(Gone::Vm) => true,
+                };
                 lost += 1;
-                tracing::warn!(error = %e, "the checkpoint went away, starting over");
+                tracing::warn!(error = %e, ended, "the checkpoint went away, starting over");
                 if lost >= STARTS {
                     return Err(JobError::CheckpointGone { name: open.checkpoint.name.clone() });
                 }
-                warnings.push(format!(
-                    "checkpoint {:?} went away while it was read; the run started over",
-                    open.checkpoint.name
-                ));
+                let name = &message.vm_name;
+                if !ended {
+                    warnings.push(format!(
+                        "checkpoint {:?} went away while it was read; the run started over",
+                        open.checkpoint.name
+                    ));
+                }
                 // Gone with its VM, perhaps: then the end of this lease is on its way.
-                checkpoint::until_here(context, vm.guid).await?;
+                match checkpoint::until_here(context, vm.guid).await {
+                    Ok(()) if ended => warnings.push(format!(
+                        "VM {name:?} ended while it was read (shut down, killed, or its host's power): the run waited until it was \
+                         here again and went on with what its change tracking proves"
+                    )),
+                    Ok(()) => {}
+                    Err(JobError::Hypervisor(e)) if e.is_absent() => {
+                        return Err(JobError::VmEnded { vm: name.clone() });
+                    }
+                    Err(e) => return Err(e),
+                }
             }
-            Err(e) => return Err(e),
         }
     }
 }
@@ -190,11 +208,17 @@ async fn untracked_now(context: &JobContext, vm: &VmKey, work: &rpc::BackupWork)
         || state.is_ok_and(|state| checkpoint::untracked(&state, work).is_some())
 }
 
-/// Whether a checkpoint is not there any more (asked after a failure, so an unanswered question counts as "there").
-async fn is_gone(context: &JobContext, vm: &VmKey, checkpoint: &Checkpoint) -> bool {
+/// What went away while it was read.
+enum Gone {
+    Checkpoint,
+    Vm,
+}
+
+/// What is not there any more (asked after a failure, so an unanswered question counts as "there").
+async fn gone(context: &JobContext, vm: &VmKey, checkpoint: &Checkpoint) -> Option<Gone> {
     match context.hypervisor.checkpoints(vm.guid).await {
-        Ok(all) => all.iter().all(|c| c.id != checkpoint.id),
-        Err(e) => matches!(e, HypervisorError::NoSuchVm { .. }),
+        Ok(all) => all.iter().all(|c| c.id != checkpoint.id).then_some(Gone::Checkpoint),
+        Err(e) => e.is_absent().then_some(Gone::Vm),
     }
 }
 

@@ -1,7 +1,5 @@
 //! Prechecks, the duty, the checkpoint and its name.
 
-use std::time::Duration;
-
 use outrider_process::backoff::Backoff;
 use outrider_proto::ids::{VmGuid, VmKey};
 use outrider_proto::rpc;
@@ -18,8 +16,6 @@ use crate::precheck::{self, Situation};
 pub(super) const PREFIX: &str = "Outrider ";
 /// Times that somebody else's checkpoint may come first.
 const ROUNDS: u32 = 5;
-/// How long a VM that is not on this host is waited for: a move is followed by the end of this lease.
-const VM_WAIT: Duration = Duration::from_secs(60);
 
 /// A checkpoint that was just made.
 pub(super) struct Made {
@@ -159,9 +155,9 @@ pub(super) async fn until_here(context: &JobContext, vm: VmGuid) -> Result<(), J
     loop {
         context.lease.check()?;
         match context.hypervisor.vm(vm).await {
-            Err(e @ HypervisorError::NoSuchVm { .. }) => {
+            Err(e) if e.is_absent() => {
                 let pause = backoff.next_wait();
-                if started.elapsed() + pause >= VM_WAIT {
+                if started.elapsed() + pause >= context.times.vm_wait {
                     return Err(e.into());
                 }
                 tokio::time::sleep(pause).await;
@@ -210,7 +206,7 @@ async fn until_possible(
                     Some(obstacle) => (JobError::Precheck(obstacle), context.times.busy_patience),
                 }
             }
-            Err(e @ HypervisorError::NoSuchVm { .. }) => (e.into(), VM_WAIT),
+            Err(e) if e.is_absent() => (e.into(), context.times.vm_wait),
             Err(e) => return Err(e.into()),
         };
         let pause = backoff.next_wait();

@@ -67,6 +67,15 @@ pub enum JobError {
         /// Its name.
         name: String,
     },
+    /// The VM went away while it was read, and did not come back.
+    #[error(
+        "VM {vm:?} ended while it was backed up (shut down, killed, or moved away) and is not on this host again; nothing has to be \
+         done: the run goes on where the VM is started, with what its change tracking proves, else the next one does"
+    )]
+    VmEnded {
+        /// Its name.
+        vm: String,
+    },
     /// The coordinator says that the job is somebody else's.
     #[error("the commit was refused as superseded: {reason}")]
     Superseded {
@@ -114,6 +123,9 @@ pub enum JobError {
     /// The host cannot run what is to be restored.
     #[error("{0}")]
     Unfit(String),
+    /// The restored VM is there and was not seen to boot.
+    #[error("{0}")]
+    NotBooted(String),
     /// A recovery point that does not hold what a restore needs.
     #[error("{0}")]
     Unrestorable(String),
@@ -172,7 +184,7 @@ impl JobError {
             Self::Coordinator(_) => error_code::NO_LEADER,
             Self::Precheck(obstacle) => obstacle.code,
             Self::Consistency(_) => error_code::CONSISTENCY_UNREACHABLE,
-            Self::CheckpointGone { .. } => error_code::CHECKPOINT_GONE,
+            Self::CheckpointGone { .. } | Self::VmEnded { .. } => error_code::CHECKPOINT_GONE,
             Self::ReceiptsLacking { .. } => error_code::RECEIPTS_LACKING,
             Self::Restore(RestoreError::Store(e)) => of_store(e),
             Self::Restore(RestoreError::Disk(_)) => error_code::LOW_SPACE,
@@ -180,6 +192,7 @@ impl JobError {
             Self::Unclear { .. } => error_code::HOST_UNCLEAN,
             Self::TargetTaken(_) => error_code::VM_EXISTS,
             Self::Unfit(_) => error_code::HOST_UNFIT,
+            Self::NotBooted(_) => error_code::NOT_BOOTED,
             Self::File { .. } => error_code::LOW_SPACE,
             Self::Pipeline(_)
             | Self::Journal(_)

@@ -50,7 +50,9 @@ impl<'a> Restore<'a> {
             }
             None => self.make().await?,
         };
-        if self.work.power_on {
+        if let Some(check) = super::boot::asked(self.work) {
+            self.boot(vm, &check).await?;
+        } else if self.work.power_on {
             self.context.phase("starting the VM");
             self.context.hypervisor.start_vm(&self.context.lease, vm).await?;
         }

@@ -212,7 +212,7 @@ fn same_file(a: &Path, b: &Path) -> bool {
     plain(a) == plain(b)
 }
 
-fn listed(disks: &[(String, PathBuf)]) -> String {
+pub(super) fn listed(disks: &[(String, PathBuf)]) -> String {
     let names: Vec<String> = disks.iter().map(|(_, file)| file.display().to_string()).collect();
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }

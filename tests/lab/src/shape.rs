@@ -13,6 +13,8 @@ pub struct VmShape {
     pub guest_os: Option<(String, String)>,
     /// EnabledState and OperationalStatus of the backup component.
     pub backup_service: Option<(u16, [u16; 2])>,
+    /// EnabledState and OperationalStatus of the heartbeat component.
+    pub heartbeat_service: Option<(u16, [u16; 2])>,
     /// EnabledState and OperationalStatus of the Data Exchange component.
     pub exchange_service: Option<(u16, [u16; 2])>,
     /// IntegrationServicesVersionState.
@@ -64,6 +66,7 @@ pub struct HostShape {
 pub(crate) struct Shape {
     pub(crate) guest_os: (String, String),
     pub(crate) backup_service: Option<(u16, [u16; 2])>,
+    pub(crate) heartbeat_service: Option<(u16, [u16; 2])>,
     pub(crate) exchange_service: Option<(u16, [u16; 2])>,
     pub(crate) services_version: u16,
     pub(crate) user_snapshot_type: u16,
@@ -81,6 +84,7 @@ impl Default for Shape {
         Self {
             guest_os: ("Windows Server 2022 Datacenter".into(), "10.0.20348".into()),
             backup_service: None,
+            heartbeat_service: None,
             exchange_service: None,
             services_version: 1,
             user_snapshot_type: 3,
@@ -100,6 +104,7 @@ impl Shape {
         let VmShape {
             guest_os,
             backup_service,
+            heartbeat_service,
             exchange_service,
             services_version,
             // The VM itself keeps it.
@@ -120,6 +125,7 @@ impl Shape {
         }
         set(&mut self.guest_os, guest_os);
         self.backup_service = backup_service.or(self.backup_service);
+        self.heartbeat_service = heartbeat_service.or(self.heartbeat_service);
         self.exchange_service = exchange_service.or(self.exchange_service);
         set(&mut self.services_version, services_version);
         set(&mut self.user_snapshot_type, user_snapshot_type);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use openraft::ServerState;
+use outrider_proto::error_code;
 use outrider_proto::ids::{GroupId, VmKey};
 use outrider_proto::rpc;
 
@@ -194,6 +195,7 @@ pub(super) fn job(state: &State, outlook: &Outlook, job: &Job) -> rpc::Job {
 /// A job whose host is not clean is not green.
 fn ended_word(job: &Job, end: End) -> &'static str {
     match end {
+        End::Completed if job.error_code == error_code::NOT_BOOTED.code => "completed, not booted",
         End::Completed if job.host_clean && job.warnings.is_empty() => "completed",
         End::Completed => "completed with warnings",
         End::Failed => "failed",

@@ -89,6 +89,8 @@ pub const CLASSES: &[Class] = &[
     Class { namespace: NS_VIRTUALIZATION, name: "Msvm_ImageManagementService", need: Always, properties: &[("Name", Text)], remark: "" },
     Class { namespace: NS_VIRTUALIZATION, name: "Msvm_VssComponent", need: Helps,
         properties: &[("SystemName", Text), ("EnabledState", Number), ("OperationalStatus", List)], remark: "whether the guest can bring its data to rest" },
+    Class { namespace: NS_VIRTUALIZATION, name: "Msvm_HeartbeatComponent", need: Helps,
+        properties: &[("SystemName", Text), ("EnabledState", Number), ("OperationalStatus", List)], remark: "whether a restored VM boots: 2 is taken for yes" },
     Class { namespace: NS_VIRTUALIZATION, name: "Msvm_KvpExchangeComponent", need: Helps,
         properties: &[("SystemName", Text), ("EnabledState", Number), ("OperationalStatus", List), ("GuestIntrinsicExchangeItems", List)],
         remark: "the guest's operating system; the list of keys is not settled: OSName and OSVersion are read, the rest is left" },

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::network;
+
 /// The file's name in recovery points.
 pub(super) const FILE: &str = "vm.json";
 /// Its format.
@@ -45,6 +47,8 @@ pub(super) struct Wanted<'a> {
     pub(super) sockets: &'a Path,
     /// New file by slot.
     pub(super) disks: &'a [(String, PathBuf)],
+    /// Its network adapters are connected to nothing.
+    pub(super) disconnect: bool,
 }
 
 /// A name that may be part of a socket's name.
@@ -79,14 +83,18 @@ impl Definition {
                     value.is_some_and(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_digit()))
                 })
         };
-        if let Some(argument) = self.argv.iter().find(inherited) {
+        let disconnected = |argv: &[String]| {
+            if wanted.disconnect { network::disconnected(argv) } else { argv.to_vec() }
+        };
+        let original = disconnected(&self.argv);
+        if let Some(argument) = original.iter().find(inherited) {
             return Err(format!(
                 "its command line uses a file that only its starter could pass ({argument}): define the VM through that program \
                  (libvirt: virsh define) with the restored disks"
             ));
         }
-        let mut argv = Vec::with_capacity(self.argv.len());
-        let mut arguments = self.argv.iter();
+        let mut argv = Vec::with_capacity(original.len());
+        let mut arguments = original.iter();
         let mut option = String::new();
         let mut has_uuid = false;
         while let Some(argument) = arguments.next() {
@@ -178,7 +186,7 @@ impl Definition {
         if wanted.uuid != self.uuid {
             out = out.replace(&self.uuid.to_string(), &wanted.uuid.to_string());
             if matches!(option, "-device" | "-nic" | "-net") {
-                out = with_own_mac(&out, wanted.uuid);
+                out = network::with_own_mac(&out, wanted.uuid);
             }
         }
         Ok(out)
@@ -253,31 +261,6 @@ fn without_backing(argument: &str) -> String {
     kept.collect::<Vec<_>>().join(",")
 }
 
-/// A copy of a VM must not answer to the original's hardware addresses.
-fn with_own_mac(argument: &str, uuid: Uuid) -> String {
-    let mut out = argument.to_owned();
-    for mark in ["mac=", "\"mac\":\"", "macaddr="] {
-        let Some(at) = out.find(mark).map(|at| at + mark.len()) else { continue };
-        let Some(old) = out.get(at..at + 17).map(str::to_owned) else { continue };
-        if old
-            .bytes()
-            .enumerate()
-            .all(|(i, b)| if i % 3 == 2 { b == b':' } else { b.is_ascii_hexdigit() })
-        {
-            let hash = blake3::keyed_hash(
-                &blake3::hash(uuid.as_bytes()).into(),
-                old.to_lowercase().as_bytes(),
-            );
-            let b = hash.as_bytes();
-            out.replace_range(
-                at..at + 17,
-                &format!("52:54:00:{:02x}:{:02x}:{:02x}", b[0], b[1], b[2]),
-            );
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -319,7 +302,13 @@ mod tests {
     {
         let disks = [("disk0".to_owned(), PathBuf::from("/new/a,b.qcow2"))];
         let uuid = Uuid::from_u128(7);
-        let wanted = Wanted { name: "web copy", uuid, sockets: Path::new("/run/b"), disks: &disks };
+        let wanted = Wanted {
+            name: "web copy",
+            uuid,
+            sockets: Path::new("/run/b"),
+            disks: &disks,
+            disconnect: false,
+        };
         let made = definition(&[]).rewritten(&wanted).expect("rewritten");
         let line = made.argv.join(" ");
         assert!(line.contains("guest=web copy,debug-threads=on"), "{line}");
@@ -350,12 +339,22 @@ mod tests {
 
     #[test]
     fn files_passed_by_a_starter_cannot_be_passed_again() {
-        let wanted = Wanted { name: "web", uuid: Uuid::nil(), sockets: Path::new("/"), disks: &[] };
+        let wanted = Wanted {
+            name: "web",
+            uuid: Uuid::nil(),
+            sockets: Path::new("/"),
+            disks: &[],
+            disconnect: false,
+        };
         for argument in ["tap,fd=27,id=n0", "tap,fd=27", "driver=file,filename=/dev/fdset/3"] {
             let refused =
                 definition(&["-netdev", argument]).rewritten(&wanted).expect_err("refused");
             assert!(refused.contains("libvirt"), "{refused}");
         }
+        // What connects an adapter is not needed where none is connected.
+        let alone = Wanted { disconnect: true, ..wanted };
+        let made = definition(&["-netdev", "tap,fd=27,id=n0"]).rewritten(&alone).expect("made");
+        assert!(made.argv.contains(&"hubport,hubid=1000,id=n0".to_owned()), "{:?}", made.argv);
         assert!(Definition::parse(b"{}").is_err());
     }
 }

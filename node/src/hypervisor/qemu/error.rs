@@ -104,6 +104,16 @@ pub enum QemuError {
         /// Log file.
         log: PathBuf,
     },
+    /// A VM that came up and was gone before anything could be asked.
+    #[error("VM {vm:?} ended right after its start: {said}. Its output is in {}", log.display())]
+    EndedSoon {
+        /// Name.
+        vm: String,
+        /// The last line that QEMU said.
+        said: String,
+        /// Log file.
+        log: PathBuf,
+    },
     /// A definition without a process.
     #[error("VM {vm} is defined on this host and does not run; start it first")]
     NotRunning {
@@ -125,6 +135,16 @@ impl QemuError {
     #[must_use]
     pub fn passes(&self) -> bool {
         matches!(self, Self::Busy { .. } | Self::ServerTaken { .. })
+    }
+
+    /// Whether there is no process of the VM (any more).
+    #[must_use]
+    pub fn is_absent(&self) -> bool {
+        match self {
+            Self::NotRunning { .. } => true,
+            Self::Qmp(e) => e.is_gone(),
+            _ => false,
+        }
     }
 
     /// Whether the outcome has to be looked at before anything else is done.

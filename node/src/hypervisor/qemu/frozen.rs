@@ -135,7 +135,7 @@ impl FrozenDisk {
         if result.is_err() {
             (self.unreadable)();
         }
-        result.map_err(|e| failed(&self.export.file, op, e))
+        result.map_err(|e| failed(&self.export.file, op, explained(e)))
     }
 
     fn connection(&self) -> io::Result<Nbd> {
@@ -203,6 +203,21 @@ pub(super) fn extents(nbd: &mut Nbd, wanted: impl Fn(u32) -> bool) -> io::Result
         }
     }
     Ok(found)
+}
+
+/// A connection that ended says so in the words of sockets, which tell nobody what happened.
+fn explained(e: io::Error) -> io::Error {
+    use io::ErrorKind::{
+        BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof,
+    };
+    match e.kind() {
+        BrokenPipe | ConnectionAborted | ConnectionRefused | ConnectionReset | NotFound
+        | UnexpectedEof => io::Error::new(
+            e.kind(),
+            format!("its QEMU closed the export: the VM ended, or the checkpoint gave way ({e})"),
+        ),
+        _ => e,
+    }
 }
 
 fn failed(path: &Path, op: &'static str, source: io::Error) -> DiskError {

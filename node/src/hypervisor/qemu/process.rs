@@ -91,7 +91,7 @@ fn spawn(definition: &Definition, log: &Path) -> std::io::Result<Child> {
         .spawn()
 }
 
-fn last_line(log: &Path) -> String {
+pub(super) fn last_line(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let last = text.lines().rev().find(|l| !l.trim().is_empty());
     last.unwrap_or("it said nothing").chars().take(400).collect()

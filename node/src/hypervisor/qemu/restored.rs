@@ -118,8 +118,13 @@ impl Qemu {
         let text = std::fs::read(&new.definition).map_err(failed("read", &new.definition))?;
         let original = Definition::parse(&text).map_err(unusable)?;
         let uuid = if new.keep_guid { original.uuid } else { Uuid::new_v4() };
-        let wanted =
-            Wanted { name: &new.name, uuid, sockets: self.fleet.folder(), disks: &new.disks };
+        let wanted = Wanted {
+            name: &new.name,
+            uuid,
+            sockets: self.fleet.folder(),
+            disks: &new.disks,
+            disconnect: new.networks.disconnect,
+        };
         let made = original.rewritten(&wanted).map_err(unusable)?;
         let path = made.qmp.with_extension("json");
         let listens = std::os::unix::net::UnixStream::connect(&made.qmp).is_ok();
@@ -147,8 +152,19 @@ impl Qemu {
                 return Err(QemuError::NotRunning { vm });
             };
             process::start(&definition, self.fleet.tasks()).await?;
+            // Its socket closes when it ends, which may be before anybody has looked at it.
+            let listens = || std::os::unix::net::UnixStream::connect(&definition.qmp).is_ok();
+            let started = || match self.fleet.find(vm) {
+                Some(_) => Some(true),
+                None => (!listens()).then_some(false),
+            };
+            if !self.wait_for("see a started VM", started).await? {
+                let log = definition.qmp.with_extension("log");
+                let said = process::last_line(&log);
+                return Err(QemuError::EndedSoon { vm: definition.name, said, log });
+            }
         }
-        let machine = self.wait_for("see a started VM", || self.fleet.find(vm)).await?;
+        let machine = self.fleet.find(vm).ok_or(QemuError::NotRunning { vm })?;
         // Its starter may have used -S.
         let state = machine.run_state().await?;
         if matches!(state.as_str(), "prelaunch" | "paused") {

@@ -51,6 +51,7 @@ pub(super) fn integration(vm: &Vm, class: &str) -> Object {
     ];
     let set = match class {
         "Msvm_VssComponent" => vm.shape.backup_service,
+        "Msvm_HeartbeatComponent" => vm.shape.heartbeat_service,
         "Msvm_KvpExchangeComponent" => vm.shape.exchange_service,
         _ => None,
     };

@@ -32,6 +32,7 @@ struct World {
     store: MemoryStore,
     coordinator: MemoryCoordinator,
     guid: VmGuid,
+    vm_wait: Duration,
 }
 
 struct Attempt {
@@ -57,6 +58,7 @@ impl World {
             store: MemoryStore::new(),
             coordinator: MemoryCoordinator::new(),
             guid: VmGuid::random(),
+            vm_wait: JobTimes::default().vm_wait,
         }
     }
 
@@ -81,6 +83,7 @@ impl World {
                 busy_first: brief,
                 busy_ceiling: brief,
                 barrier_interval: brief,
+                vm_wait: self.vm_wait,
                 ..JobTimes::default()
             },
             clock,
@@ -249,6 +252,41 @@ async fn a_vm_that_is_restarted_in_a_backup_goes_on_and_one_that_is_killed_start
         assert_eq!(vm.ours().await.len(), 1, "{:?}", vm.ours().await);
         vm.end().await;
         world.judge(job, &image).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_ends_for_good_in_a_backup_is_told_as_that_and_nothing_is_left() {
+    if qemu_is_missing() {
+        return;
+    }
+    for killed in [false, true] {
+        let world = World { vm_wait: Duration::from_millis(200), ..World::new() };
+        let host = Host::new(&world.folder.path().join("h"), FabricId::random());
+        let image = world.folder.path().join("a.qcow2");
+        filled(&image, 3 * LEAF);
+        let vm = Vm::start(&host, world.guid, &[&image], &[]).await;
+        let agent = host.agent_with(|c| c.max_read_rate = Some(ByteCount(6 << 20))).await;
+        let attempt = world.attempt(&agent, JobId::random(), PointId::random(), 1);
+        until("a part is stored", || async {
+            (world.store.puts().1 > LEAF + LEAF / 2).then_some(())
+        })
+        .await;
+        if killed {
+            drop(vm);
+        } else {
+            vm.end().await;
+        }
+        let ended = tokio::time::timeout(Duration::from_secs(120), attempt.task).await;
+        assert!(!ended.expect("ends in time").expect("no panic"), "it cannot succeed");
+        let end = world.coordinator.with(|d| d.finished.last().cloned()).expect("it ended");
+        assert!(end.message.contains("VM \"web\" ended while it was backed up"), "{end:?}");
+        assert!(end.message.contains("goes on where the VM is started"), "{end:?}");
+        assert!(end.retry && !end.data_safe, "{end:?}");
+        assert!(!end.message.contains("pipe"), "{end:?}");
+        let scratch = std::fs::read_dir(host.folder.join("scratch")).expect("a folder");
+        let left: Vec<_> = scratch.map(|e| e.expect("an entry").file_name()).collect();
+        assert!(left.iter().all(|n| n == "held" || n == "definitions"), "{left:?}");
     }
 }
 
