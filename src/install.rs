@@ -8,10 +8,12 @@
 //! | `machine` | the operating system as a trait; files |
 //! | `systemd`, `scm` | Linux and Windows |
 //! | `upgrade` | never in the middle of a job (O9) |
+//! | `leave` | nothing of ours stays at the hypervisor (O9) |
 //!
 //! Installing again is the upgrade: the identity and the configuration stay, the program is replaced.
 
 mod config_file;
+mod leave;
 pub(crate) mod machine;
 mod places;
 mod plan;
@@ -282,6 +284,10 @@ async fn settle(
 #[derive(Debug)]
 pub(crate) struct Uninstall {
     pub(crate) keep_identity: bool,
+    /// What is ours at the hypervisor goes, too, and the fabric forgets the host.
+    pub(crate) clean: bool,
+    /// Also when that cannot be had.
+    pub(crate) force: bool,
     pub(crate) root: Option<PathBuf>,
     pub(crate) wait: Duration,
     pub(crate) quiet: bool,
@@ -297,9 +303,28 @@ pub(crate) async fn uninstall(options: Uninstall, json: bool) -> Done {
         }
     };
     machine.check_rights()?;
+    let mut left = Vec::new();
+    let mut farewell = None;
+    if options.clean {
+        if machine.service()? == Service::Stopped && !options.force {
+            return Err(Failure::refused("the agent does not run, and only it can clean up here")
+                .hint("Start it with `outrider node start`, or remove it without cleaning by --force."));
+        }
+        match leave::clean(&places, options.wait, say).await {
+            Ok(leaving) => farewell = Some(leaving),
+            Err(failure) if options.force => say(&format!("not cleaned: {failure}")),
+            Err(failure) => return Err(failure),
+        }
+    }
     if matches!(machine.service()?, Service::Running | Service::Changing) {
         upgrade::wait_for_jobs(&places.status, options.wait, say).await?;
         stop_service(&*machine).await?;
+    }
+    let voided = farewell.as_ref().map_or(0, |leaving| leaving.voided);
+    match &farewell {
+        Some(leaving) => leaving.forget().await?,
+        None if options.clean => left = leave::left_behind(&places.config).await,
+        None => {}
     }
     let mut removed = Vec::new();
     let wanted = Wanted {
@@ -335,8 +360,17 @@ pub(crate) async fn uninstall(options: Uninstall, json: bool) -> Done {
         }
     }
     if json {
-        output::json(&json!({ "ok": true, "removed": removed }));
+        output::json(&json!({
+            "ok": true, "removed": removed, "clean": farewell.is_some(), "left": left,
+            "vms_without_base": voided,
+        }));
         return Ok(ExitCode::SUCCESS);
+    }
+    for line in &left {
+        say(&format!("left behind: {line}"));
+    }
+    if voided > 0 {
+        say(&format!("the next backup of {voided} VM(s) that run here reads everything"));
     }
     if removed.is_empty() {
         say("nothing of an agent is installed here");

@@ -82,6 +82,27 @@ impl Operator {
         Ok(ask!(self, list_hosts, rpc::ListHostsRequest {})?.hosts)
     }
 
+    /// What backups left on a host (empty: on all) and nothing explains.
+    pub(crate) async fn orphans(&self, host: &str) -> Result<rpc::ListOrphansReply, Status> {
+        ask!(self, list_orphans, rpc::ListOrphansRequest { host: host.to_owned() })
+    }
+
+    pub(crate) async fn retire_host(
+        &self,
+        host: &str,
+        cancel: bool,
+    ) -> Result<rpc::RetireHostReply, Status> {
+        ask!(self, retire_host, rpc::RetireHostRequest { host: host.to_owned(), cancel })
+    }
+
+    pub(crate) async fn forget_host(
+        &self,
+        host: &str,
+        force: bool,
+    ) -> Result<rpc::ForgetHostReply, Status> {
+        ask!(self, forget_host, rpc::ForgetHostRequest { host: host.to_owned(), force })
+    }
+
     /// All VMs, or those of one name.
     pub(crate) async fn vms(&self, name: &str) -> Result<Vec<rpc::Vm>, Status> {
         let request = rpc::ListVmsRequest { name: name.to_owned() };

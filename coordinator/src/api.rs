@@ -3,6 +3,7 @@
 //! Each call names who may make it ([`peer`]); a member that does not lead says who does.
 
 pub(crate) mod agent;
+mod departures;
 pub(crate) mod enrolment;
 pub(crate) mod operator;
 pub(crate) mod peer;

@@ -47,6 +47,9 @@ pub struct Config {
     /// Bounds of the fabric's work.
     #[serde(default)]
     pub limits: LimitsConfig,
+    /// What backups leave on hosts.
+    #[serde(default)]
+    pub traces: TracesConfig,
     /// Metrics and health, plain HTTP.
     pub observability: Option<SocketAddr>,
     /// Traces.
@@ -133,6 +136,31 @@ impl Default for RaftConfig {
             heartbeat: Duration::from_millis(150),
             election_min: Duration::from_millis(600),
             election_max: Duration::from_millis(1200),
+        }
+    }
+}
+
+/// `[traces]`: how often hosts are looked at for what backups left there, and what is an alarm.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TracesConfig {
+    /// Between two looks at a host.
+    #[serde(with = "time")]
+    pub every: Duration,
+    /// Age of a backup's checkpoint, ours or another product's.
+    #[serde(with = "time")]
+    pub checkpoint_age: Duration,
+    /// How long a merge may take.
+    #[serde(with = "time")]
+    pub merge: Duration,
+}
+
+impl Default for TracesConfig {
+    fn default() -> Self {
+        Self {
+            every: Duration::from_secs(300),
+            checkpoint_age: Duration::from_secs(24 * 3600),
+            merge: Duration::from_secs(4 * 3600),
         }
     }
 }

@@ -41,6 +41,8 @@ pub(crate) enum Event {
     Host { realm: String, host: String, up: bool },
     /// This leader has not heard the host's agent for longer than any lease lives, or hears it again.
     Silent { host: String, silent: bool },
+    /// The host was removed from the fabric.
+    Forgotten { host: String },
 }
 
 /// What agents told this leader.
@@ -85,6 +87,16 @@ impl Follow {
     pub(crate) fn apply(&mut self, event: Event, state: &State) -> Vec<Change> {
         let mut changes = Vec::new();
         match event {
+            // On its way when the host was removed.
+            Event::Inventory { host, .. } | Event::Seen { host, .. }
+                if !state.hosts.contains_key(&host) => {}
+            Event::Forgotten { host } => {
+                self.heard.remove(&host);
+                self.silent.remove(&host);
+                for reports in self.vms.values_mut() {
+                    reports.by.remove(&host);
+                }
+            }
             Event::Inventory { host, realm, vms, up, down } => {
                 self.silent.remove(&host);
                 if !up.is_empty() || !down.is_empty() {

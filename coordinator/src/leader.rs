@@ -6,6 +6,7 @@
 
 mod offer;
 mod sessions;
+mod surveys;
 mod tell;
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use outrider_process::telemetry::current_traceparent;
-use outrider_proto::ids::{FabricId, GroupId, JobId, PointId, VmKey};
+use outrider_proto::ids::{DutyId, FabricId, GroupId, JobId, PointId, VmKey};
 use outrider_proto::layout::Layout;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -29,6 +30,7 @@ use crate::state::enrolment::Authority;
 use crate::state::facts::{BackupKind, Stats};
 use crate::state::jobs::{NewJob, Work};
 use crate::state::{Change, Outcome};
+use crate::traces::{Bounds, Watch};
 
 pub(crate) use offer::{operator_ticket, wire_layout};
 pub(crate) use sessions::{AgentSession, AttachError};
@@ -50,6 +52,10 @@ pub(crate) struct Settings {
     pub(crate) lease: LeaseConfig,
     pub(crate) storage: StorageConfig,
     pub(crate) limits: Limits,
+    /// Between two looks at what backups left on a host.
+    pub(crate) look_every: Duration,
+    /// What of it is no alarm yet.
+    pub(crate) bearable: Bounds,
     /// The fabric's authority.
     pub(crate) ca_pem: String,
     /// The enrolment authority beside this member's certificate.
@@ -78,6 +84,8 @@ struct Reign {
     storage: BTreeMap<String, sessions::Storage>,
     /// Since when each host is quiet, and whether that was told as silence.
     quiet: BTreeMap<String, (Duration, bool)>,
+    /// What backups left on hosts, as last looked at.
+    traces: Watch,
     next_session: u64,
 }
 
@@ -267,6 +275,7 @@ impl Leader {
             agents: BTreeMap::new(),
             storage: BTreeMap::new(),
             quiet: BTreeMap::new(),
+            traces: Watch::default(),
             next_session: 1,
         });
     }
@@ -299,6 +308,7 @@ impl Leader {
         self.end_leases(term).await?;
         self.listen_for_silence(term);
         self.push_renewals(term).await?;
+        self.look_at_hosts();
         if self.keys().is_none() {
             return Ok(());
         }
@@ -331,6 +341,15 @@ impl Leader {
                 let why = "an earlier job left something on the host".to_owned();
                 let job = new_job(vm, None, |_| Work::Cleanup { why });
                 self.propose(Change::CreateJob(Box::new(job))).await?;
+            }
+            Decision::Release { vm } => {
+                let duty = DutyId::random();
+                tracing::info!(%vm, "its host leaves: its base is given up");
+                self.propose(Change::ReleaseBase { vm, duty }).await?;
+            }
+            Decision::Drop { job, host } => {
+                let by = format!("the fabric: host {host} is leaving it");
+                self.propose(Change::Cancel { job, by }).await?;
             }
             Decision::Lease { job, host, boot_id, placement } => {
                 let outcome = self
@@ -387,6 +406,19 @@ impl Leader {
         self.progressed.subscribe()
     }
 
+    /// Lets a host go that was removed from the fabric: its stream, and what it told.
+    pub(crate) async fn forget_host(&self, host: &str) {
+        let term = self.reigning(|reign| {
+            reign.agents.remove(host);
+            reign.quiet.remove(host);
+            reign.traces.forget(host);
+            reign.term
+        });
+        if let Some(term) = term {
+            self.report(term, Event::Forgotten { host: host.to_owned() }).await;
+        }
+    }
+
     fn set_progress(&self, job: JobId, progress: Progress) {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner).insert(job, progress);
         self.progressed.send_modify(|count| *count += 1);
@@ -417,6 +449,7 @@ impl Leader {
             self.reigning(|reign| (reign.agents.len(), reign.storage.len())).unwrap_or_default();
         m.agents.set(gauge(agents));
         m.storage_nodes.set(gauge(storage));
+        m.trace_alarms.set(gauge(self.trace_alarms().len()));
         m.term.set(self.member.raft().metrics().borrow().current_term);
         m.applied.set(*self.member.replica().changes().borrow());
         self.forget_progress();

@@ -13,6 +13,7 @@
 //! | `enrolment` | machines that join and renew are signed by an authority that can make nothing else |
 //! | `doors` | one port: members behind mutual TLS, joining machines apart |
 //! | `layout` | the first layout |
+//! | `traces` | what backups left on hosts: whose it is, and what lasts too long; pure |
 //! | `api` | the services, and who may call them |
 //!
 //! This crate knows no hypervisor, no disk and no chunk: it never talks to storage nodes but to tell them the layout.
@@ -33,6 +34,7 @@ mod receipts;
 mod run;
 mod schedule;
 mod state;
+mod traces;
 
 pub use config::Config;
 pub use keys::KeysError;

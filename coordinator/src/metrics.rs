@@ -33,6 +33,8 @@ pub(crate) struct Metrics {
     pub(crate) vms: Gauge,
     pub(crate) points: Gauge,
     pub(crate) open_duties: Gauge,
+    /// What lasts too long on hosts.
+    pub(crate) trace_alarms: Gauge,
 }
 
 impl Metrics {
@@ -62,6 +64,11 @@ impl Metrics {
         registry.register("vms", "VMs known", m.vms.clone());
         registry.register("points", "Recovery points", m.points.clone());
         registry.register("open_duties", "Duties not done yet", m.open_duties.clone());
+        registry.register(
+            "trace_alarms",
+            "Checkpoints too old, chains that grow and merges that do not end",
+            m.trace_alarms.clone(),
+        );
         m
     }
 }

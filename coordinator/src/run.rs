@@ -253,6 +253,11 @@ fn settings(config: &Config, identity: &Identity, enrolment: Option<SealedEnrolm
             back_off_ms: millis(config.limits.back_off),
             back_off_max_ms: millis(config.limits.back_off_max),
         },
+        look_every: config.traces.every,
+        bearable: crate::traces::Bounds {
+            checkpoint_ms: millis(config.traces.checkpoint_age),
+            merge_ms: millis(config.traces.merge),
+        },
         ca_pem: String::from_utf8_lossy(identity.authority_pem()).into_owned(),
         enrolment: enrolment.map(|e| Authority { cert_pem: e.cert_pem, key: e.key }),
     }

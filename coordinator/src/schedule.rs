@@ -51,6 +51,10 @@ pub(crate) enum Decision {
     },
     /// Somebody must fulfil the VM's duties.
     Cleanup { vm: VmKey },
+    /// The VM's host leaves: its base is given up.
+    Release { vm: VmKey },
+    /// The job waits for a host that leaves.
+    Drop { job: JobId, host: String },
     /// Give the job to the host.
     Lease { job: JobId, host: String, boot_id: u64, placement: PlacementEpoch },
 }
@@ -72,6 +76,10 @@ pub(crate) enum Waits {
     HostDown(String),
     #[error("host {0} works on as many jobs as it may")]
     HostBusy(String),
+    #[error(
+        "host {0} is leaving the fabric; move the VM to another host, or keep it with `outrider host retire --cancel`"
+    )]
+    HostLeaving(String),
     #[error("the fabric works on as many jobs as it may")]
     FabricBusy,
 }
@@ -79,6 +87,7 @@ pub(crate) enum Waits {
 /// All decisions that are due.
 pub(crate) fn decide(state: &State, live: &Live, limits: &Limits, now_ms: u64) -> Vec<Decision> {
     let mut decisions = due_groups(state, now_ms);
+    decisions.extend(departures(state));
     decisions.extend(due_cleanups(state, limits, now_ms));
     decisions.extend(leases(state, live, limits, now_ms));
     decisions
@@ -94,6 +103,7 @@ fn due_groups(state: &State, now_ms: u64) -> Vec<Decision> {
             .members(group)
             .into_iter()
             .filter(|vm| state.vms.get(vm).is_some_and(Vm::is_workable))
+            .filter(|vm| !on_leaving_host(state, vm))
             .partition(|vm| !runs(state, vm));
         let missed = (now_ms - at) / every;
         let next_run_ms = at.saturating_add(every.saturating_mul(missed + 1));
@@ -101,6 +111,29 @@ fn due_groups(state: &State, now_ms: u64) -> Vec<Decision> {
         Decision::RunGroup { group, vms, checks, skipped: others.len() as u64, next_run_ms }
     })
     .collect()
+}
+
+/// Its job would only be cancelled again.
+fn on_leaving_host(state: &State, vm: &VmKey) -> bool {
+    let host = state.vms.get(vm).and_then(|vm| vm.host.as_deref());
+    host.is_some_and(|host| state.is_leaving(host))
+}
+
+/// What hosts that leave still have to lose.
+fn departures(state: &State) -> Vec<Decision> {
+    let mut decisions = Vec::new();
+    for host in state.hosts.keys().filter(|host| state.is_leaving(host)) {
+        let departure = state.departure(host);
+        let free = |vm: &VmKey| {
+            state.jobs.active(vm).is_none_or(|job| matches!(job.work, Work::Cleanup { .. }))
+        };
+        decisions.extend(
+            departure.pending.into_iter().map(|job| Decision::Drop { job, host: host.clone() }),
+        );
+        decisions
+            .extend(departure.bases.into_iter().filter(free).map(|vm| Decision::Release { vm }));
+    }
+    decisions
 }
 
 /// A cleanup that waits makes room; everything else that is unfinished is the predecessor.
@@ -173,6 +206,9 @@ fn ready(
             vm.filter(|vm| vm.is_workable()).and_then(|vm| vm.host.clone()).ok_or(Waits::NoHost)?
         }
     };
+    if !matches!(job.work, Work::Cleanup { .. }) && state.is_leaving(&host) {
+        return Err(Waits::HostLeaving(host));
+    }
     if !matches!(job.work, Work::Cleanup { .. }) && state.storage.layout.pgs.is_empty() {
         return Err(Waits::NoLayout);
     }

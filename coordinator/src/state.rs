@@ -6,6 +6,7 @@
 
 pub(crate) mod bindings;
 pub(crate) mod change;
+pub(crate) mod departures;
 pub(crate) mod domains;
 pub(crate) mod duties;
 pub(crate) mod enrolment;
@@ -69,6 +70,9 @@ pub(crate) struct State {
     /// Base of the next incremental.
     #[serde(with = "pairs")]
     pub(crate) bases: BTreeMap<VmKey, Base>,
+    /// Why a VM has no base, where more is known than that.
+    #[serde(with = "pairs")]
+    pub(crate) unbased: BTreeMap<VmKey, String>,
     /// Recovery points.
     pub(crate) points: BTreeMap<PointId, Point>,
     /// Storage nodes and layout.
@@ -102,6 +106,10 @@ impl State {
             Change::HostAttached(host) => self.host_attached(host, now),
             Change::HostUp { host } => self.host_up(&host, now),
             Change::HostDown { host } => self.host_down(&host, now),
+            Change::RetireHost { host, by } => self.retire_host(&host, &by, now),
+            Change::KeepHost { host } => self.keep_host(&host),
+            Change::ReleaseBase { vm, duty } => self.release_base(&vm, duty),
+            Change::ForgetHost { host, by, force } => self.forget_host(&host, &by, force, now),
             Change::VmSeen(sighting) => self.vm_seen(*sighting, now),
             Change::VmPlaced { vm, host } => self.vm_placed(&vm, &host, now),
             Change::VmDuplicate { vm, duplicate } => self.vm_duplicate(&vm, duplicate),

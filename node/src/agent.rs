@@ -4,11 +4,13 @@
 //! | --- | --- |
 //! | `link` | the stream: what goes up, what comes down, finding the leader again |
 //! | `watcher` | what the hypervisor shows, full and as differences |
+//! | `survey` | what backups left here, when the leader asks |
 //! | `jobs` | the leases that this host holds, and their tasks |
 //! | `wire` | our facts as messages |
 
 mod jobs;
 mod link;
+mod survey;
 mod watcher;
 mod wire;
 
@@ -35,12 +37,15 @@ use crate::coordinator_client::GrpcCoordinator;
 use crate::error::{Bound, NodeError};
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::hyperv::HyperV;
+use crate::hypervisor::traces::VmTraces;
 use crate::metrics::NodeMetrics;
 use crate::pipeline::Pool;
 use crate::status;
 
 /// How long running jobs may take to close their files when the process is asked to end.
 const GRACE: Duration = Duration::from_secs(10);
+/// How long a hypervisor may take to tell what backups left.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// What every part of the agent shares.
 pub(crate) struct Agent {
@@ -75,11 +80,7 @@ pub async fn run(
             expected: config.name.clone(),
         });
     }
-    let fabric: FabricId = config.fabric.parse().map_err(|_| NodeError::Config {
-        key: "fabric",
-        value: config.fabric.clone(),
-        reason: "expected the fabric's UUID, as `outrider fabric init` printed it".into(),
-    })?;
+    let fabric = fabric_of(&config)?;
     if config.coordinators.is_empty() {
         return Err(NodeError::Config {
             key: "coordinators",
@@ -141,6 +142,33 @@ pub async fn run(
         tracing::warn!(%report, "the agent ends while tasks were still at work");
     }
     served
+}
+
+/// What backups left on this host, without coordinators. Only looks.
+///
+/// # Errors
+/// [`NodeError`]: the hypervisor does not answer.
+pub async fn look(config: &Config) -> Result<Vec<VmTraces>, NodeError> {
+    let fabric = fabric_of(config)?;
+    let tasks = TaskGroup::new("look");
+    let looked = async {
+        let hypervisor = connect(config, fabric, &tasks).await?;
+        hypervisor.traces().await.map_err(|e| NodeError::Traces(e.to_string()))
+    };
+    let found = match tokio::time::timeout(LOOK, looked).await {
+        Ok(found) => found,
+        Err(_) => Err(NodeError::Traces("it did not answer within a minute".into())),
+    };
+    tasks.shutdown(GRACE).await;
+    found
+}
+
+fn fabric_of(config: &Config) -> Result<FabricId, NodeError> {
+    config.fabric.parse().map_err(|_| NodeError::Config {
+        key: "fabric",
+        value: config.fabric.clone(),
+        reason: "expected the fabric's UUID, as `outrider fabric init` printed it".into(),
+    })
 }
 
 /// Connects to the hypervisor. The lab may start later than its agents: it is asked again.

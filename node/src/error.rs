@@ -49,6 +49,9 @@ pub enum NodeError {
     /// No QEMU in this build, or not as configured.
     #[error("the QEMU of this host cannot be used: {0}")]
     Qemu(String),
+    /// What backups left cannot be listed.
+    #[error("what backups left on this host cannot be listed: {0}")]
+    Traces(String),
     /// The client of the storage tier cannot be started.
     #[error("the client of the storage tier cannot be started: {0}")]
     Storage(String),

@@ -10,6 +10,7 @@ pub mod hyperv;
 mod new_vm;
 #[cfg(unix)]
 pub mod qemu;
+pub mod traces;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -309,6 +310,9 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Differences from now on; the channel is bounded and closes when the hypervisor is out of reach.
     async fn watch(&self) -> Result<mpsc::Receiver<Change>, HypervisorError>;
+
+    /// What backups left here, whoever made them; VMs of which there is nothing are left out. Changes nothing.
+    async fn traces(&self) -> Result<Vec<traces::VmTraces>, HypervisorError>;
 
     /// One VM's state.
     async fn vm(&self, vm: VmGuid) -> Result<VmState, HypervisorError>;

@@ -39,6 +39,7 @@ use outrider_proto::seal::Sealer;
 use tokio::sync::watch;
 
 pub use base::{BaseDecision, BasePlan, DiskFacts, plan_base};
+pub(crate) use checkpoint::is_name_of_ours;
 pub use error::JobError;
 
 use crate::config::{JobTimes, Limits};
@@ -188,6 +189,7 @@ pub async fn run(context: JobContext, message: rpc::JobLease) -> bool {
         stats: Some(figures.into()),
         warnings: outcome.warnings,
         restored_vm: outcome.restored_vm.as_ref().map(Into::into),
+        commands: Vec::new(),
     };
     context.phase("finishing");
     if let Err(e) = context.coordinator.finish(request).await {

@@ -64,6 +64,8 @@ codes! {
     TOKEN_REFUSED = "OUT-C-0017", Refused, "The join token is unknown, expired, used up, revoked, or for another name.", "Make a new one with `outrider fabric token create`, and copy the whole line.";
     NAME_HELD = "OUT-C-0018", Refused, "A member of this role and name exists already, with another key.", "Join under another name, or make a token for this name with --replace.";
     NO_ENROLMENT = "OUT-C-0019", Refused, "The coordinators have no enrolment authority.", "Put enrol.pem and enrol.key, made by `outrider fabric init`, into a coordinator's identity folder and start it again; or issue the identity with `outrider fabric issue`.";
+    REVOKED = "OUT-C-0020", Refused, "The certificate of this member is not accepted any more: it was removed from the fabric.", "To bring the machine back, remove the folder of its identity and join with a new token.";
+    HOST_NOT_LEFT = "OUT-C-0021", Retry, "The host is not clean yet, so it cannot be forgotten.", "Wait until `outrider host retire` says that it is clean; --force forgets a host whose machine is gone.";
     STORAGE_FULL = "OUT-S-0001", Refused, "A storage node has no space left.", "Add storage, or let retention remove points.";
     STORAGE_UNREACHABLE = "OUT-S-0002", Retry, "Too few storage nodes can be reached.", "Start the storage nodes named; check that UDP to their port is not blocked.";
     CHUNK_LOST = "OUT-S-0003", Broken, "No replica has a readable copy of a chunk.", "Start the storage nodes that are down; if none has it, back the VM up again and restore another point.";

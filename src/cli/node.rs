@@ -85,7 +85,14 @@ pub(crate) struct Uninstall {
     /// Keep certificate, keys and configuration, for an installation that follows
     #[arg(long)]
     keep_identity: bool,
-    /// How long to wait for jobs on this host
+    /// First have checkpoints and reference points of ours removed from the hypervisor, and the host forgotten by the fabric:
+    /// its name is free and its certificate refused. Needs the agent to run and the coordinators to answer
+    #[arg(long, conflicts_with = "keep_identity")]
+    clean: bool,
+    /// With --clean: remove the agent also where that cannot be done, and tell what stays behind
+    #[arg(long, requires = "clean")]
+    force: bool,
+    /// How long to wait for jobs on this host, and for its cleaning
     #[arg(long, default_value = "10m", value_parser = duration, value_name = "TIME")]
     wait: Duration,
     /// Say nothing unless something fails
@@ -117,6 +124,8 @@ pub(crate) async fn run(command: NodeCommand, json: bool) -> Done {
         NodeCommand::Uninstall(u) => {
             let options = install::Uninstall {
                 keep_identity: u.keep_identity,
+                clean: u.clean,
+                force: u.force,
                 root: u.root,
                 wait: u.wait,
                 quiet: u.quiet,

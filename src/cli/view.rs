@@ -164,3 +164,11 @@ fn storage_node(s: &rpc::StorageNodeStatus) -> Value {
         "damaged_records": s.damaged_records,
     })
 }
+
+pub(crate) fn orphan(o: &rpc::Orphan) -> Value {
+    json!({
+        "host": o.host, "vm": vm_key(o.vm.as_ref()), "vm_name": o.vm_name, "what": o.what, "id": o.id,
+        "name": o.name, "owner": o.owner, "created_unix_ms": o.created_unix_ms, "chain": o.chain,
+        "why": o.why, "next": o.next,
+    })
+}

@@ -19,7 +19,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
-use super::{peer, wire};
+use super::{departures, peer, wire};
 use crate::commit;
 use crate::follow::Event;
 use crate::leader::{AgentSession, Leader, Progress};
@@ -27,7 +27,7 @@ use crate::schedule;
 use crate::state::duties::{DutyStep, NewDuty};
 use crate::state::hosts::Attached;
 use crate::state::jobs::{Job, Report};
-use crate::state::{Change, Outcome, State};
+use crate::state::{Change, Outcome, Refusal, State};
 
 /// Serves node agents.
 pub(crate) struct AgentService {
@@ -42,6 +42,18 @@ impl AgentService {
 
     fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         self.leader.member().replica().read(look)
+    }
+
+    /// The caller, if it is a host whose certificate was not given up.
+    fn enter<T>(&self, request: &Request<T>) -> Result<PeerName, Status> {
+        let peer = peer::require(request, Role::Node)?;
+        let key = peer::key_of(request);
+        match self.read(|state| key.and_then(|key| state.revoked(&key).cloned())) {
+            None => Ok(peer),
+            Some(revoked) => {
+                Err(super::refused(&Refusal::Revoked { member: revoked.member, by: revoked.by }))
+            }
+        }
     }
 
     /// Refuses hosts that never held the job. Whether the lease is current is for the state to say.
@@ -102,7 +114,8 @@ impl Agent for AgentService {
         &self,
         request: Request<Streaming<rpc::AgentUp>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
-        let peer = peer::require(&request, Role::Node)?;
+        let peer = self.enter(&request)?;
+        let key = peer::key_of(&request).unwrap_or_default();
         let mut up = request.into_inner();
         let hello = match up.message().await?.and_then(|m| m.what) {
             Some(What::Hello(hello)) => hello,
@@ -122,6 +135,7 @@ impl Agent for AgentService {
             hypervisor: hello.hypervisor,
             boot_id: hello.boot_id,
             started_ms: hello.host_started_unix_ms,
+            key,
         };
         let (session, down) = self
             .leader
@@ -156,7 +170,7 @@ impl Agent for AgentService {
         &self,
         request: Request<rpc::RecordDutyRequest>,
     ) -> Result<Response<rpc::DutyReply>, Status> {
-        let peer = peer::require(&request, Role::Node)?;
+        let peer = self.enter(&request)?;
         traced(request, "record duty", async |r: rpc::RecordDutyRequest| {
             let (job, epoch) = wire::held("RecordDutyRequest", &r.job_id, r.lease_epoch)?;
             self.lease_holder(&peer, job, epoch.0)?;
@@ -182,7 +196,7 @@ impl Agent for AgentService {
         &self,
         request: Request<rpc::UpdateDutyRequest>,
     ) -> Result<Response<rpc::DutyReply>, Status> {
-        let peer = peer::require(&request, Role::Node)?;
+        let peer = self.enter(&request)?;
         traced(request, "update duty", async |r: rpc::UpdateDutyRequest| {
             let (job, epoch) = wire::held("UpdateDutyRequest", &r.job_id, r.lease_epoch)?;
             self.lease_holder(&peer, job, epoch.0)?;
@@ -207,7 +221,7 @@ impl Agent for AgentService {
         &self,
         request: Request<rpc::CommitRequest>,
     ) -> Result<Response<rpc::CommitReply>, Status> {
-        let peer = peer::require(&request, Role::Node)?;
+        let peer = self.enter(&request)?;
         traced(request, "commit", async |r: rpc::CommitRequest| {
             let (job, epoch) = wire::held("CommitRequest", &r.job_id, r.lease_epoch)?;
             self.lease_holder(&peer, job, epoch.0)?;
@@ -222,7 +236,7 @@ impl Agent for AgentService {
         &self,
         request: Request<rpc::BindRequest>,
     ) -> Result<Response<rpc::BindReply>, Status> {
-        let peer = peer::require(&request, Role::Node)?;
+        let peer = self.enter(&request)?;
         traced(request, "bind", async |r: rpc::BindRequest| {
             let (job, epoch) = wire::held("BindRequest", &r.job_id, r.lease_epoch)?;
             self.lease_holder(&peer, job, epoch.0)?;
@@ -245,7 +259,7 @@ impl Agent for AgentService {
         &self,
         request: Request<rpc::AskRequest>,
     ) -> Result<Response<rpc::AskReply>, Status> {
-        let peer = peer::require(&request, Role::Node)?;
+        let peer = self.enter(&request)?;
         traced(request, "ask", async |r: rpc::AskRequest| {
             self.prove().await?;
             let job: Option<JobId> = model::parse_optional("AskRequest", "job_id", &r.job_id)?;
@@ -265,7 +279,7 @@ impl Agent for AgentService {
         &self,
         request: Request<rpc::RaiseIncarnationRequest>,
     ) -> Result<Response<rpc::RaiseIncarnationReply>, Status> {
-        let peer = peer::require(&request, Role::Node)?;
+        let peer = self.enter(&request)?;
         traced(request, "raise incarnation", async |r: rpc::RaiseIncarnationRequest| {
             let (job, epoch) = wire::held("RaiseIncarnationRequest", &r.job_id, r.lease_epoch)?;
             self.lease_holder(&peer, job, epoch.0)?;
@@ -278,11 +292,51 @@ impl Agent for AgentService {
         .await
     }
 
+    async fn retire(
+        &self,
+        request: Request<rpc::RetireRequest>,
+    ) -> Result<Response<rpc::RetireReply>, Status> {
+        let peer = self.enter(&request)?;
+        let host = peer.name.clone();
+        let by = peer.to_string();
+        self.prove().await?;
+        match request.into_inner().step() {
+            rpc::RetireStep::Unspecified => {
+                return Err(Status::invalid_argument("step of RetireRequest is missing"));
+            }
+            rpc::RetireStep::Look => {}
+            rpc::RetireStep::Begin => {
+                self.propose(Change::RetireHost { host: host.clone(), by }).await?;
+            }
+            rpc::RetireStep::Cancel => {
+                self.propose(Change::KeepHost { host: host.clone() }).await?;
+            }
+            rpc::RetireStep::Forget => {
+                departures::forget(&self.leader, &host, by, false).await?;
+            }
+        }
+        let mut reply = self.retired(&host);
+        if reply.retiring && reply.waits.is_empty() {
+            // By what is known it is clean: is it by what is there?
+            reply.waits = departures::litter(&self.leader, &host).await?;
+        }
+        Ok(Response::new(reply))
+    }
+
+    async fn storage_places(
+        &self,
+        request: Request<rpc::StoragePlacesRequest>,
+    ) -> Result<Response<rpc::Layout>, Status> {
+        self.enter(&request)?;
+        self.prove().await?;
+        Ok(Response::new((&self.leader.layout()).into()))
+    }
+
     async fn finish(
         &self,
         request: Request<rpc::FinishRequest>,
     ) -> Result<Response<rpc::FinishReply>, Status> {
-        let peer = peer::require(&request, Role::Node)?;
+        let peer = self.enter(&request)?;
         traced(request, "finish", async |r: rpc::FinishRequest| {
             let (job, epoch) = wire::held("FinishRequest", &r.job_id, r.lease_epoch)?;
             self.lease_holder(&peer, job, epoch.0)?;
@@ -309,6 +363,19 @@ impl Agent for AgentService {
 }
 
 impl AgentService {
+    /// How far a host is on its way out.
+    fn retired(&self, host: &str) -> rpc::RetireReply {
+        self.read(|state| {
+            let found = state.hosts.get(host);
+            rpc::RetireReply {
+                retiring: state.is_leaving(host),
+                waits: state.departure(host).waits(),
+                voided: found.and_then(|h| h.leaving.as_ref()).map_or(0, |l| l.voided),
+                forgotten: found.is_none(),
+            }
+        })
+    }
+
     fn duty(&self, id: DutyId, job: JobId) -> rpc::DutyReply {
         let duty = self.read(|state| state.duties.get(&id).map(wire::duty));
         rpc::DutyReply { duty: Some(duty.unwrap_or_else(|| wire::done_duty(id, job))) }
@@ -352,6 +419,7 @@ async fn heard(leader: &Leader, session: &AgentSession, what: What) -> Result<()
             };
             leader.progressed(session, job, epoch, progress);
         }
+        What::Survey(survey) => leader.surveyed(session, survey),
         What::Closed(closed) => {
             let (job, epoch) = wire::held("SourcesClosed", &closed.job_id, closed.lease_epoch)?;
             if let Err(error) = leader.closed(session, job, epoch).await {

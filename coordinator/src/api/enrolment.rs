@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status};
 use crate::enrolment::{Enroller, SignError};
 use crate::leader::Leader;
 use crate::state::enrolment::{Enrol, member_key};
-use crate::state::{Change, Outcome};
+use crate::state::{Change, Outcome, Refusal};
 
 /// Nothing that joining machines send is longer.
 const MAX_REQUEST: usize = 64 << 10;
@@ -120,6 +120,10 @@ impl Certificates for CertificatesService {
         let leader = &self.leader;
         leader.member().prove().await.map_err(|error| super::proposal(leader, error))?;
         let key = hex::encode(signing.key_id());
+        if let Some(revoked) = leader.member().replica().read(|s| s.revoked(&key).cloned()) {
+            let (member, by) = (revoked.member, revoked.by);
+            return Err(super::refused(&Refusal::Revoked { member, by }));
+        }
         let replaced = leader.member().replica().read(|state| {
             let joined = state.enrolment.members.get(&member_key(peer.role, &peer.name));
             joined.is_some_and(|joined| joined.key != key)

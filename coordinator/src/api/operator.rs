@@ -1,6 +1,7 @@
 //! The operators' side: everything that the command line, the console and scripts use.
 
 mod names;
+mod orphans;
 mod tokens;
 mod view;
 mod watch;
@@ -18,7 +19,7 @@ use outrider_proto::status::status;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{peer, wire};
+use super::{departures, peer, wire};
 use crate::leader::{Leader, backup, new_job, operator_ticket, wire_layout};
 use crate::schedule::check;
 use crate::state::facts::{BackupKind, Consistency};
@@ -413,6 +414,59 @@ impl Operator for OperatorService {
         let now = self.leader.member().clock().unix_millis();
         let tokens = self.read(|state| tokens::list(state, now));
         Ok(Response::new(rpc::ListJoinTokensReply { tokens }))
+    }
+
+    async fn list_orphans(
+        &self,
+        request: Request<rpc::ListOrphansRequest>,
+    ) -> Result<Response<rpc::ListOrphansReply>, Status> {
+        self.enter(&request).await?;
+        let wanted = request.into_inner().host;
+        let hosts: Vec<String> = self.read(|state| {
+            let all = state.hosts.keys().filter(|name| wanted.is_empty() || **name == wanted);
+            all.cloned().collect()
+        });
+        if hosts.is_empty() && !wanted.is_empty() {
+            return Err(named(NameError::UnknownHost(wanted)));
+        }
+        Ok(Response::new(orphans::list(&self.leader, hosts).await))
+    }
+
+    async fn retire_host(
+        &self,
+        request: Request<rpc::RetireHostRequest>,
+    ) -> Result<Response<rpc::RetireHostReply>, Status> {
+        let peer = self.enter(&request).await?;
+        let r = request.into_inner();
+        let host = r.host;
+        if r.cancel {
+            self.propose(Change::KeepHost { host: host.clone() }).await?;
+            tracing::info!(operator = peer.name, host, "a host stays after all");
+        } else {
+            self.propose(Change::RetireHost { host: host.clone(), by: peer.name.clone() }).await?;
+            tracing::info!(operator = peer.name, host, "a host is to leave");
+        }
+        let (live, heard) = (self.leader.live(), self.leader.heard());
+        let (shown, mut waits) = self.read(|state| {
+            let shown = view::hosts(state, &live, &heard).into_iter().find(|h| h.name == host);
+            let waits = if r.cancel { Vec::new() } else { state.departure(&host).waits() };
+            (shown, waits)
+        });
+        if !r.cancel && waits.is_empty() {
+            waits = departures::litter(&self.leader, &host).await?;
+        }
+        Ok(Response::new(rpc::RetireHostReply { host: shown, waits }))
+    }
+
+    async fn forget_host(
+        &self,
+        request: Request<rpc::ForgetHostRequest>,
+    ) -> Result<Response<rpc::ForgetHostReply>, Status> {
+        let peer = self.enter(&request).await?;
+        let r = request.into_inner();
+        let left = self.read(|state| state.departure(&r.host).waits());
+        departures::forget(&self.leader, &r.host, peer.name, r.force).await?;
+        Ok(Response::new(rpc::ForgetHostReply { left }))
     }
 
     async fn revoke_join_token(

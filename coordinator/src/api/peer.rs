@@ -1,5 +1,6 @@
 //! Who calls, and whether that role may.
 
+use outrider_process::identity::enrolment::key_id_of;
 use outrider_process::identity::{PeerName, Role, peer_of_request};
 use outrider_proto::error_code::DENIED;
 use outrider_proto::status::status;
@@ -20,6 +21,12 @@ pub(crate) fn require<T>(request: &Request<T>, role: Role) -> Result<PeerName, S
             "{peer} may not make this call, which is for the role {role}; use a certificate of that role"
         ),
     ))
+}
+
+/// SHA-256 of the public key in the caller's certificate, hexadecimal.
+pub(crate) fn key_of<T>(request: &Request<T>) -> Option<String> {
+    let certs = request.peer_certs()?;
+    certs.first().and_then(key_id_of).map(hex::encode)
 }
 
 /// Refuses a name that is not the certificate's.

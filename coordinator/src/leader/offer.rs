@@ -72,6 +72,7 @@ pub(super) fn lease_message(
         beat,
         duties: state.open_duties(&job.vm).map(wire::duty).collect(),
         binding: state.bases.get(&job.vm).map(|base| (&base.binding).into()),
+        no_base: state.unbased.get(&job.vm).cloned().unwrap_or_default(),
         work: Some(work(&job.work, &policy)),
     }
 }
@@ -91,6 +92,9 @@ fn work(work: &Work, policy: &Policy) -> WireWork {
             truncate_logs: policy.truncate_logs,
             no_change_tracking: policy.no_change_tracking,
             skip_page_files: policy.skip_page_files,
+            before_command: String::new(),
+            after_command: String::new(),
+            command_failure_fails: false,
         }),
         Work::Restore(r) => WireWork::Restore(rpc::RestoreWork {
             point_id: r.point.to_string(),

@@ -66,6 +66,7 @@ pub(super) struct Agent {
     heard: Duration,
     /// When the leader last renewed without being asked.
     pub(super) pushed: Duration,
+    pub(super) surveys: super::surveys::Asked,
     _over: DropGuard,
 }
 
@@ -90,6 +91,10 @@ pub(super) struct Storage {
 impl Agent {
     pub(super) fn boot_id(&self) -> u64 {
         self.boot_id
+    }
+
+    pub(super) fn number(&self) -> u64 {
+        self.number
     }
 }
 
@@ -146,6 +151,7 @@ impl Leader {
                 heard_ms,
                 heard: pushed,
                 pushed,
+                surveys: super::surveys::Asked::default(),
                 _over: guard,
             };
             reign.agents.insert(host.clone(), agent);

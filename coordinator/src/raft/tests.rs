@@ -36,6 +36,7 @@ fn entry(index: u64) -> Entry {
         hypervisor: "hyperv".into(),
         boot_id: index,
         started_ms: 0,
+        key: String::new(),
     };
     let command = Command { at_ms: index, change: Change::HostAttached(attached) };
     Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }

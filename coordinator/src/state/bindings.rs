@@ -71,7 +71,9 @@ impl State {
             job: id,
             unproven_since_ms: unproven.then_some(since),
         };
-        self.bases.insert(job.vm.clone(), base);
+        let vm = job.vm.clone();
+        self.unbased.remove(&vm);
+        self.bases.insert(vm, base);
         Outcome::Bound
     }
 

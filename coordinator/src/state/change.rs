@@ -52,6 +52,14 @@ pub(crate) enum Change {
     HostUp { host: String },
     /// The cluster calls a host down: what ran there is unproven.
     HostDown { host: String },
+    /// A host is to leave: no new work, what is ours there is removed.
+    RetireHost { host: String, by: String },
+    /// It stays after all.
+    KeepHost { host: String },
+    /// A host that leaves: the VM's base is given up, its reference point becomes a duty.
+    ReleaseBase { vm: VmKey, duty: DutyId },
+    /// A host has left; with `force` although something of ours may be there.
+    ForgetHost { host: String, by: String, force: bool },
     /// Facts of a VM.
     VmSeen(Box<Sighting>),
     /// Follow decided: the VM runs on this host.
@@ -182,6 +190,17 @@ pub(crate) enum Refusal {
          token with `outrider fabric token create --role {role} --name {name:?} --replace`"
     )]
     NameHeld { role: Role, name: String },
+    #[error(
+        "the key of this machine was given up when {member} was removed from the fabric by {by}; remove the folder of its identity, so \
+         that it makes a new one, and join again"
+    )]
+    Revoked { member: String, by: String },
+    #[error(
+        "host {0:?} is not leaving; begin with `outrider host retire`, or say --force if the machine is gone"
+    )]
+    NotLeaving(String),
+    #[error("host {host:?} is not clean yet: {waits}")]
+    NotClean { host: String, waits: String },
     #[error("there are {0} join tokens already; wait until old ones expire")]
     TooManyTokens(usize),
     #[error("layout epoch {found} does not follow {current}")]
@@ -207,6 +226,8 @@ impl Refusal {
             | Self::TokenName { .. }
             | Self::TooManyTokens(_) => &error_code::TOKEN_REFUSED,
             Self::NameHeld { .. } => &error_code::NAME_HELD,
+            Self::Revoked { .. } => &error_code::REVOKED,
+            Self::NotLeaving(_) | Self::NotClean { .. } => &error_code::HOST_NOT_LEFT,
             Self::UnknownDuty(_)
             | Self::WrongKind { .. }
             | Self::WrongPoint { .. }

@@ -28,6 +28,8 @@ pub(crate) struct Enrolment {
     pub(crate) tokens: BTreeMap<String, Token>,
     /// Keys of those that joined, by `role/name`.
     pub(crate) members: BTreeMap<String, Joined>,
+    /// Keys that are refused, hexadecimal SHA-256.
+    pub(crate) revoked: BTreeMap<String, super::departures::Revoked>,
 }
 
 /// The enrolment authority.
@@ -200,6 +202,10 @@ impl State {
                 return Refusal::TokenUsedUp { id, by }.into();
             }
             TokenState::UsedUp | TokenState::Open => {}
+        }
+        if let Some(revoked) = self.revoked(&enrol.key) {
+            let (member, by) = (revoked.member.clone(), revoked.by.clone());
+            return Refusal::Revoked { member, by }.into();
         }
         let member = member_key(token.role, &enrol.name);
         let holder = self.enrolment.members.get(&member);

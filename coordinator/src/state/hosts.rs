@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::departures::Leaving;
 use super::{Outcome, State};
 
 /// Readings of one start of a host differ by less than this.
@@ -24,6 +25,12 @@ pub(crate) struct Host {
     /// Start of its operating system as its agent read it last, Unix milliseconds; 0: never told.
     #[serde(default)]
     pub(crate) started_ms: u64,
+    /// SHA-256 of the public key that it showed, hexadecimal.
+    #[serde(default)]
+    pub(crate) key: String,
+    /// It is to leave the fabric.
+    #[serde(default)]
+    pub(crate) leaving: Option<Leaving>,
 }
 
 /// What an agent says of itself.
@@ -37,6 +44,9 @@ pub(crate) struct Attached {
     /// Start of the host's operating system, Unix milliseconds; 0: not known.
     #[serde(default)]
     pub(crate) started_ms: u64,
+    /// SHA-256 of its public key, hexadecimal.
+    #[serde(default)]
+    pub(crate) key: String,
 }
 
 impl State {
@@ -50,6 +60,7 @@ impl State {
             self.host_lost_tracking(&a.host, now);
         }
         let started_ms = if a.started_ms == 0 { known_ms } else { a.started_ms };
+        let leaving = self.hosts.get(&a.host).and_then(|h| h.leaving.clone());
         self.hosts.insert(
             a.host,
             Host {
@@ -61,6 +72,8 @@ impl State {
                 since_ms,
                 attached_ms: now,
                 started_ms,
+                key: a.key,
+                leaving,
             },
         );
         Outcome::Done

@@ -75,6 +75,7 @@ impl World {
             hypervisor: "hyperv".into(),
             boot_id: 1,
             started_ms,
+            key: format!("key of {host}"),
         }));
     }
 

@@ -109,6 +109,7 @@ impl Fabric {
             storage: StorageConfig::default(),
             raft: RaftConfig::default(),
             enrolment: EnrolmentConfig::default(),
+            traces: outrider_coordinator::config::TracesConfig::default(),
             limits: LimitsConfig { back_off: Duration::from_millis(50), ..LimitsConfig::default() },
             observability: None,
             telemetry: TraceConfig::default(),

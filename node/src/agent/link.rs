@@ -19,6 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::jobs::Jobs;
+use super::survey::Surveys;
 use super::{Agent, watcher};
 
 /// Messages waiting to go up.
@@ -105,6 +106,7 @@ async fn attach(
     let watching = watcher::report(agent, up, readiness);
     let talking = async {
         let mut beats = Beats::new(agent);
+        let mut surveys = Surveys::new(agent);
         let mut renew = DEFAULT_RENEW;
         let mut next_beat = Instant::now();
         let mut progress = tokio::time::interval(PROGRESS);
@@ -122,6 +124,10 @@ async fn attach(
                 }
                 closed = jobs.next_closed() => {
                     if send(&stream_in, What::Closed(closed)).await.is_err() { return gone(); }
+                    continue;
+                }
+                survey = surveys.next() => {
+                    if send(&stream_in, What::Survey(survey)).await.is_err() { return gone(); }
                     continue;
                 }
                 _ = progress.tick() => {
@@ -178,6 +184,7 @@ async fn attach(
                     jobs.ended(&ended.job_id, ended.lease_epoch, &ended.reason);
                 }
                 Some(agent_down::What::Layout(layout)) => accept_layout(agent, Some(&layout)),
+                Some(agent_down::What::Survey(request)) => surveys.asked(request.number),
                 Some(agent_down::What::OldHostClosed(closed)) => {
                     jobs.predecessor_closed(&closed.job_id, closed.lease_epoch);
                 }

@@ -3,6 +3,7 @@
 use outrider_proto::ids::{VmGuid, VmKey, VmRole};
 use outrider_proto::rpc;
 
+use crate::hypervisor::traces::{CheckpointKind, VmTraces};
 use crate::hypervisor::{Change, Inventory, ReplicaRole, VmSeen};
 
 /// Turns facts into messages of one realm.
@@ -48,6 +49,44 @@ impl Wire {
             vms: inventory.vms.iter().map(|vm| self.facts(vm)).collect(),
             nodes_up: inventory.nodes_up.clone(),
             nodes_down: inventory.nodes_down.clone(),
+        }
+    }
+
+    pub(super) fn traces(&self, vm: VmTraces) -> rpc::VmTraces {
+        rpc::VmTraces {
+            vm: Some(self.key(vm.guid, vm.replica)),
+            vm_name: vm.name,
+            checkpoints: vm
+                .checkpoints
+                .into_iter()
+                .map(|c| rpc::FoundCheckpoint {
+                    id: c.id,
+                    name: c.name,
+                    kind: match c.kind {
+                        CheckpointKind::Recovery => rpc::CheckpointKind::Recovery,
+                        CheckpointKind::User => rpc::CheckpointKind::User,
+                        CheckpointKind::Replica => rpc::CheckpointKind::Replica,
+                    }
+                    .into(),
+                    created_unix_ms: c.created_unix_ms.unwrap_or(0),
+                    ours: c.ours,
+                })
+                .collect(),
+            reference_points: vm
+                .points
+                .into_iter()
+                .map(|p| rpc::FoundReferencePoint { id: p.id, name: p.name, ours: p.ours })
+                .collect(),
+            chains: vm
+                .chains
+                .into_iter()
+                .map(|c| rpc::FoundChain {
+                    slot: c.slot,
+                    files: c.files,
+                    broken: c.broken.unwrap_or_default(),
+                })
+                .collect(),
+            merging: vm.merging,
         }
     }
 

@@ -7,6 +7,7 @@
 //! | `snapshot` | recovery checkpoints: make, name, look into, remove |
 //! | `reference_point`, `changes` | resilient change tracking |
 //! | `inventory`, `watch`, `cluster` | what is there, and what changes |
+//! | `traces` | what backups left, whoever made them |
 //! | `facts`, `disks`, `volumes` | what the consistency plan and the prechecks decide on |
 //! | `contract` | what is expected of WMI: for `node doctor` and the documents |
 //! | `offline` | saving a VM for a moment |
@@ -32,6 +33,7 @@ mod offline;
 mod reference_point;
 mod replace;
 mod snapshot;
+mod traces;
 mod volumes;
 mod watch;
 mod wql;
@@ -101,6 +103,10 @@ impl Hypervisor for HyperV {
 
     async fn watch(&self) -> Result<mpsc::Receiver<Change>, HypervisorError> {
         watch::start(self.clone()).await
+    }
+
+    async fn traces(&self) -> Result<Vec<super::traces::VmTraces>, HypervisorError> {
+        self.all_traces().await
     }
 
     async fn vm(&self, vm: VmGuid) -> Result<VmState, HypervisorError> {

@@ -7,6 +7,7 @@
 //! | `blocks`, `names` | what QEMU's answers say of disks; the names of what we make (pure) |
 //! | `checkpoint`, `scratch`, `server` | a moment of all disks: filters, scratch files, exports |
 //! | `bitmaps` | dirty bitmaps as reference points |
+//! | `traces` | what backups left, whoever made them |
 //! | `held` | guests that we hold still, and letting them go for certain |
 //! | `nbd`, `frozen` | reading what is exported |
 //! | `definition`, `network`, `process`, `new_disk` | VMs from recovery points |
@@ -36,6 +37,7 @@ mod screen;
 mod server;
 #[cfg(test)]
 mod tests;
+mod traces;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -249,6 +251,18 @@ impl Hypervisor for Qemu {
 
     async fn watch(&self) -> Result<mpsc::Receiver<Change>, HypervisorError> {
         Ok(self.fleet.listen())
+    }
+
+    async fn traces(&self) -> Result<Vec<super::traces::VmTraces>, HypervisorError> {
+        let mut vms = Vec::new();
+        for machine in self.fleet.machines() {
+            match self.checkpoints_of().traces(&machine).await {
+                Ok(found) => vms.extend(Some(found).filter(|vm| !vm.is_empty())),
+                Err(e) if e.is_gone() => {}
+                Err(e) => return Err(QemuError::from(e).into()),
+            }
+        }
+        Ok(vms)
     }
 
     async fn vm(&self, vm: VmGuid) -> Result<VmState, HypervisorError> {

@@ -57,6 +57,8 @@ pub struct Known<'a> {
     pub why: &'a str,
     /// Why change tracking is not used for this VM at all.
     pub untracked: Option<&'a str>,
+    /// Why the coordinator has no binding, where it knows more than that; else empty.
+    pub no_base: &'a str,
     /// The coordinator's binding.
     pub binding: Option<&'a Binding>,
     /// Reference points that exist on this host.
@@ -119,8 +121,11 @@ pub fn plan_base(known: Known<'_>, disks: &[DiskFacts]) -> BasePlan {
 fn base_of<'a>(
     known: Known<'a>,
 ) -> Result<(&'a Binding, &'a ReferencePoint, &'a Manifest), String> {
-    let binding =
-        known.binding.ok_or("no reference point is bound to a committed recovery point")?;
+    let unbound = || match known.no_base {
+        "" => "no reference point is bound to a committed recovery point".to_owned(),
+        why => format!("there is no base to start from: {why}"),
+    };
+    let binding = known.binding.ok_or_else(unbound)?;
     let point = known
         .reference_points
         .iter()
@@ -262,6 +267,7 @@ mod tests {
                 wanted: self.wanted,
                 why: "",
                 untracked: self.untracked,
+                no_base: "its host left",
                 binding: self.binding.as_ref(),
                 reference_points: &self.points,
                 parent: self.parent.as_ref(),
@@ -319,6 +325,8 @@ mod tests {
             assert_eq!(plan.kind, BackupKind::Full, "{name}");
             assert!(matches!(plan.disks[0], BaseDecision::Everything { .. }), "{name}");
             assert!(!plan.reasons.is_empty(), "{name}: no reason given");
+            let told = plan.reasons[0].contains("its host left");
+            assert_eq!(told, name == "not bound", "{name}: {:?}", plan.reasons);
         }
     }
 

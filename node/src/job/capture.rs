@@ -256,6 +256,7 @@ async fn begin(
         wanted: work.kind(),
         why: &work.why,
         untracked: how.untracked.as_deref(),
+        no_base: &message.no_base,
         binding,
         reference_points: &points,
         parent: parent.as_ref(),

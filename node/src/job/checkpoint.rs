@@ -35,7 +35,12 @@ pub(super) struct How {
 
 /// Whether a checkpoint carries a name of ours.
 pub(super) fn is_ours(checkpoint: &Checkpoint) -> bool {
-    checkpoint.name.starts_with(PREFIX)
+    is_name_of_ours(&checkpoint.name)
+}
+
+/// Whether a checkpoint of this name is ours.
+pub(crate) fn is_name_of_ours(name: &str) -> bool {
+    name.starts_with(PREFIX)
 }
 
 /// Ends the name of a checkpoint for which the VM may be saved: the duty that carries it says who has to start the VM

@@ -38,7 +38,8 @@ pub(super) fn hosts(state: &State, live: &Live, heard: &BTreeMap<String, u64>) -
                 (true, true) => "up",
                 (true, false) => "silent",
             }
-            .to_owned(),
+            .to_owned()
+                + if host.leaving.is_some() { ", leaving" } else { "" },
             version: host.version.clone(),
             hypervisor: host.hypervisor.clone(),
             vms: vms.get(name.as_str()).copied().unwrap_or_default(),
@@ -110,6 +111,9 @@ fn policy(policy: &Policy) -> rpc::Policy {
         no_change_tracking: policy.no_change_tracking,
         skip_page_files: policy.skip_page_files,
         check_within_ms: Some(policy.check_within_ms),
+        before_command: String::new(),
+        after_command: String::new(),
+        command_failure_fails: false,
     }
 }
 
@@ -189,6 +193,7 @@ pub(super) fn job(state: &State, outlook: &Outlook, job: &Job) -> rpc::Job {
         error_code: job.error_code.clone(),
         restored_vm: job.restored_vm.as_ref().map(Into::into),
         phase,
+        commands: Vec::new(),
     }
 }
 
@@ -238,6 +243,7 @@ pub(super) fn point(point: &Point) -> rpc::Point {
 
 pub(super) fn status(leader: &Leader, stale: bool) -> rpc::StatusReply {
     let live = leader.live();
+    let lasting = leader.trace_alarms();
     let statuses = leader.storage_statuses();
     let layout = leader.layout();
     let metrics = leader.member().raft().metrics().borrow().clone();
@@ -298,7 +304,11 @@ pub(super) fn status(leader: &Leader, stale: bool) -> rpc::StatusReply {
             jobs_running: count(state.jobs.unfinished().filter(|j| j.lease().is_some()).count()),
             points: state.points.len() as u64,
             open_duties: count(state.duties.len()),
-            alarms: if stale { Vec::new() } else { alarms(state, &live, &storage) },
+            alarms: if stale {
+                Vec::new()
+            } else {
+                alarms(state, &live, &storage).into_iter().chain(lasting).collect()
+            },
             storage,
             stale,
         }

@@ -57,6 +57,14 @@ pub(super) fn order_of(slot: &str) -> (u32, u32, &str) {
     (parts.next().unwrap_or(u32::MAX), parts.next().unwrap_or(u32::MAX), slot)
 }
 
+/// A time as WMI writes it (`yyyymmddHHMMSS.ffffff+UUU`, minutes east of Greenwich), as Unix milliseconds.
+pub(super) fn unix_ms(text: &str) -> Option<u64> {
+    let local = jiff::civil::DateTime::strptime("%Y%m%d%H%M%S", text.get(..14)?).ok()?;
+    let east: i64 = text.get(21..25)?.parse().ok()?;
+    let utc = local.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp().as_millisecond();
+    u64::try_from(utc.checked_sub(east.checked_mul(60_000)?)?).ok()
+}
+
 /// The VM that an object is of, by its Name.
 pub(super) fn named_guid(object: &Object) -> Option<VmGuid> {
     object.str("Name")?.parse().ok()

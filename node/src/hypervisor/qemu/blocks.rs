@@ -163,7 +163,7 @@ fn slot(device: &Value, disk: &Disk) -> Option<String> {
         .or_else(|| own(device["device"].as_str().unwrap_or_default()))
 }
 
-fn is_filter(driver: &str) -> bool {
+pub(super) fn is_filter(driver: &str) -> bool {
     matches!(
         driver,
         "throttle"
