@@ -8,7 +8,7 @@ mod format;
 mod machine;
 mod tree;
 
-pub use format::ImageFormat;
+pub use format::{ImageFormat, UnknownFormat};
 pub use machine::{ClusterGroup, Guardian, Image, Machine, Nic, Security, Switch};
 pub use tree::{FrozenLayer, SavedCheckpoint, Tree};
 
@@ -136,6 +136,21 @@ pub enum ManifestError {
     },
 }
 
+/// Why the sections behind a manifest's first part cannot be read.
+#[derive(Debug, thiserror::Error)]
+enum SectionError {
+    #[error(transparent)]
+    List(#[from] postcard::Error),
+    #[error("{0} sections")]
+    TooMany(usize),
+    #[error("section {number}: {source}")]
+    Content { number: u16, source: postcard::Error },
+    #[error("section {number}: {found} formats")]
+    Formats { number: u16, found: usize },
+    #[error(transparent)]
+    Format(#[from] UnknownFormat),
+}
+
 impl Manifest {
     /// The links that storage nodes see.
     #[must_use]
@@ -186,7 +201,7 @@ impl Manifest {
         let (mut manifest, rest): (Self, &[u8]) =
             postcard::take_from_bytes(r.rest()).map_err(|e| body(e.to_string()))?;
         if version > FIRST_VERSION {
-            manifest.read_sections(rest).map_err(body)?;
+            manifest.read_sections(rest).map_err(|e| body(e.to_string()))?;
         }
         if !manifest.chunk_size.is_power_of_two()
             || !(64 << 10..=4 << 20).contains(&manifest.chunk_size)
@@ -202,7 +217,7 @@ impl Manifest {
                 return Err(body(format!("disk {} has a tree of the wrong height", disk.slot)));
             }
         }
-        manifest.tree.check(&manifest.disks).map_err(body)?;
+        manifest.tree.check(&manifest.disks).map_err(|e| body(e.to_string()))?;
         let links = Links::decode(record.clear()).map_err(ManifestError::Links)?;
         if links != manifest.links() {
             return Err(body("links in clear differ from the sealed trees".into()));
@@ -225,14 +240,13 @@ impl Manifest {
         Ok(sections)
     }
 
-    fn read_sections(&mut self, bytes: &[u8]) -> Result<(), String> {
-        let sections: Vec<(u16, Vec<u8>)> =
-            postcard::from_bytes(bytes).map_err(|e| e.to_string())?;
+    fn read_sections(&mut self, bytes: &[u8]) -> Result<(), SectionError> {
+        let sections: Vec<(u16, Vec<u8>)> = postcard::from_bytes(bytes)?;
         if sections.len() > MAX_SECTIONS {
-            return Err(format!("{} sections", sections.len()));
+            return Err(SectionError::TooMany(sections.len()));
         }
         for (number, content) in sections {
-            let failed = |e: postcard::Error| format!("section {number}: {e}");
+            let failed = |source| SectionError::Content { number, source };
             match number {
                 SECTION_MACHINE => {
                     self.machine = postcard::from_bytes(&content).map_err(failed)?;
@@ -241,7 +255,7 @@ impl Manifest {
                 SECTION_FORMATS => {
                     let formats: Vec<u8> = postcard::from_bytes(&content).map_err(failed)?;
                     if formats.len() != self.disks.len() {
-                        return Err(format!("section {number}: {} formats", formats.len()));
+                        return Err(SectionError::Formats { number, found: formats.len() });
                     }
                     for (disk, format) in self.disks.iter_mut().zip(formats) {
                         disk.format = format.try_into()?;

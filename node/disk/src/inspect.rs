@@ -1,5 +1,6 @@
 //! Everything that a reader does with a file, on bytes in memory: the entry points of fuzzing.
 
+mod guest;
 mod reseal;
 mod sparse_file;
 
@@ -8,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub use guest::inspect_guest;
 pub use reseal::reseal;
 pub use sparse_file::SparseFile;
 

@@ -43,6 +43,7 @@ mod detect;
 pub mod disk;
 pub mod error;
 pub mod export;
+mod fields;
 pub mod guest;
 pub mod inspect;
 pub mod layer;

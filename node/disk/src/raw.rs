@@ -1,6 +1,7 @@
 //! Raw images: the guest's bytes and nothing else.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use uuid::Uuid;
 
@@ -8,11 +9,17 @@ use crate::block_file::{BlockFile, ByteSource};
 use crate::disk::check_bounds;
 use crate::{DiskError, DiskFormat, DiskInfo, DiskKind, RangeSet, ReadDisk};
 
-/// A plain file read as a disk. Its holes, where the file system knows them, are not allocated.
-#[derive(Debug)]
+/// Plain bytes read as a disk. Its holes, where the file system knows them, are not allocated.
 pub struct RawDisk {
-    file: BlockFile,
+    path: PathBuf,
+    source: Arc<dyn ByteSource>,
     info: DiskInfo,
+}
+
+impl std::fmt::Debug for RawDisk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RawDisk").field("path", &self.path).field("info", &self.info).finish()
+    }
 }
 
 impl RawDisk {
@@ -22,7 +29,15 @@ impl RawDisk {
     /// [`DiskError::Io`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self, DiskError> {
         let file = BlockFile::open(path.as_ref())?;
-        let size = file.size().map_err(DiskError::io(path.as_ref(), "get the length of"))?;
+        Self::from_source(path.as_ref().to_owned(), Arc::new(file))
+    }
+
+    /// Reads a disk from any bytes; `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn from_source(path: PathBuf, source: Arc<dyn ByteSource>) -> Result<Self, DiskError> {
+        let size = source.size().map_err(DiskError::io(&path, "get the length of"))?;
         let info = DiskInfo {
             size,
             logical_sector: 512,
@@ -33,7 +48,7 @@ impl RawDisk {
             disk_id: Uuid::nil(),
             data_write_guid: Uuid::nil(),
         };
-        Ok(Self { file, info })
+        Ok(Self { path, source, info })
     }
 }
 
@@ -43,13 +58,13 @@ impl ReadDisk for RawDisk {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        check_bounds(self.file.path(), self.info.size, offset, buf.len())?;
-        self.file.read_exact_at(offset, buf).map_err(DiskError::io(self.file.path(), "read"))
+        check_bounds(&self.path, self.info.size, offset, buf.len())?;
+        self.source.read_exact_at(offset, buf).map_err(DiskError::io(&self.path, "read"))
     }
 
     fn allocated(&self) -> Result<RangeSet, DiskError> {
-        let failed = DiskError::io(self.file.path(), "list the data ranges of");
-        let known = self.file.data_ranges().map_err(failed)?;
+        let failed = DiskError::io(&self.path, "list the data ranges of");
+        let known = self.source.data_ranges().map_err(failed)?;
         let mut set = known.unwrap_or_else(|| RangeSet::single(0, self.info.size));
         set.clamp(self.info.size);
         Ok(set)

@@ -5,7 +5,6 @@
 //! every crash leaves a disk that was flushed before. Source: Microsoft, "Virtual Hard Disk Image Format
 //! Specification", version 1.0.
 
-mod bytes;
 mod create;
 mod footer;
 mod geometry;
@@ -25,6 +24,9 @@ pub use locator::ParentPaths;
 pub use writer::VhdWriter;
 
 pub(crate) use footer::{Placed, find as find_footer};
+
+/// The fields of a VHD's structures.
+type Fields<'a> = crate::fields::Fields<'a, crate::fields::Big>;
 
 /// Unit of everything in a VHD.
 pub(crate) const SECTOR: u64 = 512;

@@ -5,7 +5,7 @@
 //! A chain of layers is [`DiskChain`](crate::DiskChain).
 
 mod bat;
-mod bytes;
+mod checksum;
 mod commit;
 mod create;
 mod header;
@@ -29,9 +29,12 @@ pub use region::{Region, RegionTable};
 pub use reparent::set_parent;
 pub use writer::VhdxWriter;
 
-pub(crate) use bytes::checksum;
+pub(crate) use checksum::checksum;
 pub(crate) use log::replay_bytes;
 pub(crate) use reparent::{announce_parent_change, check_linkage};
+
+/// The fields of a VHDX's structures.
+type Fields<'a> = crate::fields::Fields<'a, crate::fields::Little>;
 
 /// The first eight bytes of every VHDX file.
 pub(crate) const SIGNATURE: &[u8; 8] = b"vhdxfile";

@@ -32,15 +32,18 @@ impl Subnet {
     }
 }
 
-impl FromStr for Subnet {
-    type Err = String;
+/// A text that is no subnet.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no subnet: write for example \"10.1.0.0/16\", \"fd00::/8\" or \"10.1.2.3\"")]
+pub struct NotASubnet(String);
 
-    fn from_str(text: &str) -> Result<Self, String> {
+impl FromStr for Subnet {
+    type Err = NotASubnet;
+
+    fn from_str(text: &str) -> Result<Self, NotASubnet> {
         let text = text.trim();
         let subnet = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        subnet.map(|net| Self(net.trunc())).map_err(|_| {
-            format!("{text:?} is no subnet: write for example \"10.1.0.0/16\", \"fd00::/8\" or \"10.1.2.3\"")
-        })
+        subnet.map(|net| Self(net.trunc())).map_err(|_| NotASubnet(text.to_owned()))
     }
 }
 

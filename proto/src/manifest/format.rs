@@ -12,15 +12,20 @@ pub enum ImageFormat {
     Raw = 2,
 }
 
-impl TryFrom<u8> for ImageFormat {
-    type Error = String;
+/// A number that this release knows no format for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a disk image of the unknown format {0}: upgrade")]
+pub struct UnknownFormat(pub u8);
 
-    fn try_from(number: u8) -> Result<Self, String> {
+impl TryFrom<u8> for ImageFormat {
+    type Error = UnknownFormat;
+
+    fn try_from(number: u8) -> Result<Self, UnknownFormat> {
         match number {
             0 => Ok(Self::Vhdx),
             1 => Ok(Self::Vhd),
             2 => Ok(Self::Raw),
-            other => Err(format!("a disk image of the unknown format {other}: upgrade")),
+            other => Err(UnknownFormat(other)),
         }
     }
 }

@@ -41,30 +41,43 @@ pub struct FrozenLayer {
     pub written: Vec<Uuid>,
 }
 
+/// Why a tree cannot be that of these disks.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TreeError {
+    #[error("layers without checkpoints")]
+    NoCheckpoints,
+    #[error("checkpoint {0} is out of order")]
+    OutOfOrder(CheckpointId),
+    #[error("a checkpoint tree that does not fit the disks")]
+    OtherDisks,
+    #[error("disk {slot} has layers of no checkpoint")]
+    StrayLayers { slot: String },
+}
+
 impl Tree {
     /// Whether it fits the disks: one more layer than it describes, parents before children.
-    pub(super) fn check(&self, disks: &[DiskManifest]) -> Result<(), String> {
+    pub(super) fn check(&self, disks: &[DiskManifest]) -> Result<(), TreeError> {
         if self.checkpoints.is_empty() {
             return match self.layers.iter().all(Vec::is_empty) {
                 true if disks.iter().all(|d| d.layers.len() == 1) => Ok(()),
-                _ => Err("layers without checkpoints".into()),
+                _ => Err(TreeError::NoCheckpoints),
             };
         }
         let before =
             |at: usize, id: CheckpointId| self.checkpoints.iter().take(at).any(|c| c.id == id);
         for (at, checkpoint) in self.checkpoints.iter().enumerate() {
             if before(at, checkpoint.id) || checkpoint.parent.is_some_and(|p| !before(at, p)) {
-                return Err(format!("checkpoint {} is out of order", checkpoint.id));
+                return Err(TreeError::OutOfOrder(checkpoint.id));
             }
         }
         let known = |id: CheckpointId| before(self.checkpoints.len(), id);
         if self.current.is_some_and(|c| !known(c)) || self.layers.len() != disks.len() {
-            return Err("a checkpoint tree that does not fit the disks".into());
+            return Err(TreeError::OtherDisks);
         }
         for (disk, layers) in disks.iter().zip(&self.layers) {
             if disk.layers.len() != layers.len() + 1 || !layers.iter().all(|l| known(l.checkpoint))
             {
-                return Err(format!("disk {} has layers of no checkpoint", disk.slot));
+                return Err(TreeError::StrayLayers { slot: disk.slot.clone() });
             }
         }
         Ok(())

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use outrider_process::identity::{Identity, Role, peer_of_connection};
-use outrider_process::network::Network;
+use outrider_process::network::{Network, NetworkError};
 use outrider_proto::frame::{ALPN, Frame, PROTOCOL_VERSION, close};
 use outrider_proto::ids::FabricId;
 use outrider_proto::layout::StorageNode;
@@ -36,6 +36,15 @@ pub struct QuicTransport {
     fabric: FabricId,
     role: ClientRole,
     limits: Limits,
+}
+
+/// Why nothing can be sent from this host to a storage node.
+#[derive(Debug, thiserror::Error)]
+enum NoEndpoint {
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error("no socket on {address}: {error}")]
+    Socket { address: IpAddr, error: std::io::Error },
 }
 
 impl QuicTransport {
@@ -71,8 +80,8 @@ impl QuicTransport {
     }
 
     /// The endpoint that connections to `remote` leave from.
-    fn endpoint_to(&self, remote: IpAddr) -> Result<Endpoint, String> {
-        let Some(source) = self.network.source_for(remote).map_err(|e| e.to_string())? else {
+    fn endpoint_to(&self, remote: IpAddr) -> Result<Endpoint, NoEndpoint> {
+        let Some(source) = self.network.source_for(remote)? else {
             return Ok(self.endpoint.clone());
         };
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
@@ -80,7 +89,7 @@ impl QuicTransport {
             return Ok(endpoint.clone());
         }
         let made = UdpSocket::bind((source, 0)).and_then(|socket| endpoint(Some(socket), None));
-        let mut made = made.map_err(|e| format!("no socket on {source}: {e}"))?;
+        let mut made = made.map_err(|error| NoEndpoint::Socket { address: source, error })?;
         made.set_default_client_config(self.config.clone());
         bound.insert(source, made.clone());
         Ok(made)
@@ -107,7 +116,7 @@ impl QuicTransport {
             let endpoint = match self.endpoint_to(remote.ip()) {
                 Ok(endpoint) => endpoint,
                 Err(why) => {
-                    last = unreachable(why);
+                    last = unreachable(why.to_string());
                     continue;
                 }
             };

@@ -7,6 +7,7 @@ use std::io;
 
 use bytes::Bytes;
 use outrider_proto::record::Record;
+use outrider_proto::wire::DecodeError;
 
 use crate::entry::{EntryHead, MAX_ENTRY, NAME_LEN, PREFIX_LEN};
 use crate::read_at::ReadAt;
@@ -83,6 +84,7 @@ pub fn scan(
                     at += ALIGNMENT;
                 }
                 let end = at.min(extent.len);
+                let why = why.to_string();
                 report.damage.push(Damage { offset: begin, len: end - begin, why });
                 report.verified_len = end;
             }
@@ -104,6 +106,15 @@ struct Window<'a, F: ?Sized> {
     len: u64,
     start: u64,
     bytes: Bytes,
+}
+
+/// Why there is no entry at an offset.
+#[derive(Debug, thiserror::Error)]
+enum NoEntry {
+    #[error(transparent)]
+    Malformed(#[from] DecodeError),
+    #[error("the record is cut short")]
+    CutShort,
 }
 
 /// Bytes read at once.
@@ -130,20 +141,20 @@ impl<'a, F: ReadAt + ?Sized> Window<'a, F> {
     }
 
     /// The entry at an offset, or why there is none.
-    fn entry(&mut self, offset: u64) -> io::Result<Result<(EntryHead, Record), String>> {
+    fn entry(&mut self, offset: u64) -> io::Result<Result<(EntryHead, Record), NoEntry>> {
         const HEAD: usize = PREFIX_LEN + NAME_LEN + outrider_proto::record::HEADER_LEN;
         let head = match EntryHead::decode(&self.at(offset, HEAD)?) {
             Ok(head) => head,
-            Err(error) => return Ok(Err(error.to_string())),
+            Err(error) => return Ok(Err(error.into())),
         };
         debug_assert!(head.len() <= MAX_ENTRY);
         let bytes = self.at(offset, head.len())?;
         if bytes.len() < head.len() {
-            return Ok(Err("the record is cut short".to_owned()));
+            return Ok(Err(NoEntry::CutShort));
         }
         match Record::decode(bytes.slice(head.record_offset()..)) {
             Ok(record) => Ok(Ok((head, record))),
-            Err(error) => Ok(Err(error.to_string())),
+            Err(error) => Ok(Err(error.into())),
         }
     }
 }

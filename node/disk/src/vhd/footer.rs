@@ -4,11 +4,11 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::bytes::{BigEndian, put};
 use super::geometry::Chs;
-use super::{SECTOR, checksum};
+use super::{Fields, SECTOR, checksum};
 use crate::block_file::ByteSource;
 use crate::error::FormatError;
+use crate::fields::put;
 use crate::{DiskError, DiskKind};
 
 /// Bytes of a footer.
@@ -50,7 +50,7 @@ impl Footer {
     /// # Errors
     /// A wrong cookie, checksum, version or kind.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
-        let fields = BigEndian::new(bytes, NAME, OLD_LEN)?;
+        let fields = Fields::new(bytes, NAME, OLD_LEN)?;
         if &fields.array::<8>(0) != COOKIE {
             return Err(FormatError::corrupt(NAME, "does not start with \"conectix\""));
         }
@@ -92,7 +92,7 @@ impl Footer {
                 sectors: fields.u8(59),
             },
             kind,
-            id: Uuid::from_bytes(fields.array(68)),
+            id: fields.guid(68),
             saved_state: fields.u8(84) != 0,
         })
     }

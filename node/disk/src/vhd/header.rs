@@ -2,10 +2,10 @@
 
 use uuid::Uuid;
 
-use super::bytes::{BigEndian, put};
 use super::locator::{self, LocatorEntry};
-use super::{SECTOR, checksum};
+use super::{Fields, SECTOR, checksum};
 use crate::error::FormatError;
+use crate::fields::put;
 
 /// Bytes of the header.
 pub(crate) const LEN: usize = 1024;
@@ -47,7 +47,7 @@ impl DynamicHeader {
     /// # Errors
     /// A wrong cookie, checksum or version, or a block size that cannot be.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
-        let fields = BigEndian::new(bytes, NAME, LEN)?;
+        let fields = Fields::new(bytes, NAME, LEN)?;
         if &fields.array::<8>(0) != COOKIE {
             return Err(FormatError::corrupt(NAME, "does not start with \"cxsparse\""));
         }
@@ -75,7 +75,7 @@ impl DynamicHeader {
             table_offset: fields.u64(16),
             entries: fields.u32(28),
             block_size,
-            parent_id: Uuid::from_bytes(fields.array(40)),
+            parent_id: fields.guid(40),
             parent_timestamp: fields.u32(56),
             parent_name: String::from_utf16_lossy(&units),
             locators: (0..LOCATORS)

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::bytes::{BigEndian, put};
+use super::Fields;
+use crate::fields::put;
 use crate::parent_paths;
 
 /// Bytes of a locator in the dynamic header.
@@ -26,7 +27,7 @@ pub(crate) struct LocatorEntry {
 }
 
 impl LocatorEntry {
-    pub(crate) fn parse(fields: &BigEndian<'_>, at: usize) -> Self {
+    pub(crate) fn parse(fields: &Fields<'_>, at: usize) -> Self {
         Self {
             code: fields.array(at),
             space: fields.u32(at + 4),

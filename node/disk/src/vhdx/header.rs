@@ -2,9 +2,10 @@
 
 use uuid::Uuid;
 
-use super::bytes::{Fields, checksum, put};
+use super::{Fields, checksum};
 use super::{MAX_FILE, MIB};
 use crate::error::FormatError;
+use crate::fields::put;
 
 /// Bytes of a header that are used and covered by its checksum.
 pub(crate) const HEADER_LEN: usize = 4096;

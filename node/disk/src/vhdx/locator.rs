@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use uuid::{Uuid, uuid};
 
-use super::bytes::{Fields, put};
+use super::Fields;
 use crate::error::FormatError;
+use crate::fields::put;
 use crate::parent_paths;
 
 const TYPE: Uuid = uuid!("b04aefb7-d19e-4a81-b789-25b8e9445913");

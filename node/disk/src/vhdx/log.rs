@@ -8,9 +8,10 @@ use std::collections::HashMap;
 use uuid::Uuid;
 
 use super::LOG_SECTOR;
-use super::bytes::{Fields, checksum, put};
 use super::overlay::{Overlay, Patch, Sector};
+use super::{Fields, checksum};
 use crate::error::FormatError;
+use crate::fields::put;
 
 /// Logs are read whole; Hyper-V makes them 1 MiB long.
 pub(crate) const MAX_LOG: u32 = 64 << 20;

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 
 use uuid::{Uuid, uuid};
 
-use super::bytes::{Fields, put};
+use super::Fields;
 use super::image::Image;
 use super::{MAX_SIZE, MIB, ParentLocator, Region};
 use crate::error::FormatError;
+use crate::fields::put;
 use crate::{DiskError, DiskKind};
 
 /// Bytes of the table at the region's start; the items follow.

@@ -2,9 +2,10 @@
 
 use uuid::{Uuid, uuid};
 
-use super::bytes::{Fields, checksum, put};
+use super::{Fields, checksum};
 use super::{MAX_FILE, MIB};
 use crate::error::FormatError;
+use crate::fields::put;
 
 /// Bytes of a region table, all covered by its checksum.
 pub(crate) const TABLE_LEN: usize = 64 << 10;

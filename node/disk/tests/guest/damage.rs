@@ -4,13 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrider_disk::guest::{
-    FileId, FileKind, FileSystem, GuestDisk, GuestError, Limits, page_files,
-};
+use outrider_disk::guest::Limits;
+use outrider_disk::inspect::{SparseFile, inspect_guest};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::images::{MemoryDisk, blank, have, noise, run, text};
+use super::images::{blank, have, noise, run, text};
 
 /// Images to be damaged; small, with something of everything.
 fn samples(dir: &Path) -> Vec<(&'static str, Vec<u8>)> {
@@ -66,49 +65,34 @@ fn samples(dir: &Path) -> Vec<(&'static str, Vec<u8>)> {
     out
 }
 
-/// Reads everything that can be read.
 fn explore(bytes: Vec<u8>) {
     let limits = Limits { bytes: 8 << 20, time: Some(Duration::from_secs(60)) };
     let size = bytes.len() as u64;
-    let disk = Arc::new(MemoryDisk::new(bytes));
-    let found = page_files::search(disk.clone(), limits);
-    for range in &found.ranges() {
+    for range in &inspect_guest(Arc::new(bytes), limits) {
         assert!(range.end() <= size, "{range} is outside of the disk");
-    }
-    let Ok(disk) = GuestDisk::open(disk, limits) else { return };
-    for volume in &disk.volumes {
-        let Ok(fs) = disk.file_system(volume) else { continue };
-        let _ = fs.doubt();
-        let _ = descend(&*fs, fs.root(), 0, size);
     }
 }
 
-fn descend(
-    fs: &dyn FileSystem,
-    directory: FileId,
-    depth: u32,
-    size: u64,
-) -> Result<(), GuestError> {
-    let mut entries = Vec::new();
-    let listed = fs.list(directory, &mut |entry| {
-        entries.push(entry);
-        Ok(())
-    });
-    for entry in entries.iter().take(60) {
-        let _ = entry.name.to_string();
-        let _ = fs.stat(entry.id);
-        let mut buf = vec![0; 40_000];
-        for offset in [0, 39_999, u64::MAX / 2] {
-            let _ = fs.read(entry.id, offset, &mut buf);
-        }
-        for extent in fs.extents(entry.id).unwrap_or_default() {
-            assert!(extent.disk.end() <= size, "{} is outside of the disk", extent.disk);
-        }
-        if entry.kind == FileKind::Directory && depth < 3 {
-            descend(fs, entry.id, depth + 1, size)?;
-        }
+/// Writes the samples as inputs of the fuzz target into the folder that `OUTRIDER_FUZZ_SEEDS` names.
+#[test]
+fn seeds_of_the_fuzz_target_are_written_on_demand() {
+    let Some(folder) = std::env::var_os("OUTRIDER_FUZZ_SEEDS") else { return };
+    let folder = Path::new(&folder).join("guest");
+    std::fs::create_dir_all(&folder).expect("the folder can be made");
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    for (name, sample) in samples(dir.path()) {
+        let path = folder.join(format!("{}.seed", name.replace(' ', "-")));
+        let seed = SparseFile::of(&without_contents(sample)).encode();
+        std::fs::write(path, seed).expect("it can be written");
     }
-    listed
+}
+
+/// A small seed needs structures, which are full of zeros, and a little of everything else.
+fn without_contents(mut sample: Vec<u8>) -> Vec<u8> {
+    let is_content = |page: &[u8]| page.iter().filter(|byte| **byte != 0).count() > 300;
+    let contents = sample.chunks_mut(512).filter(|page| is_content(page));
+    contents.skip(32).for_each(|page| page.fill(0));
+    sample
 }
 
 #[test]
