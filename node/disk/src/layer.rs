@@ -38,7 +38,7 @@ pub struct Run {
 
 impl Run {
     /// Whether `next`, which begins where this run ends, only goes on with it.
-    pub(crate) fn goes_on(&self, next: &Self) -> bool {
+    fn goes_on(&self, next: &Self) -> bool {
         match (self.presence, next.presence) {
             (Presence::Here { file_offset: a }, Presence::Here { file_offset: b }) => {
                 a + self.len == b
@@ -50,6 +50,22 @@ impl Run {
 
 /// Takes the runs of a layer one by one.
 pub type RunSink<'a> = dyn FnMut(Run) -> Result<(), DiskError> + 'a;
+
+/// Gives `found` the runs that `walk` pushes, in order, those that only go on with one another as one.
+pub(crate) fn joined(
+    found: &mut RunSink<'_>,
+    walk: impl FnOnce(&mut RunSink<'_>) -> Result<(), DiskError>,
+) -> Result<(), DiskError> {
+    let mut last: Option<Run> = None;
+    walk(&mut |run: Run| match &mut last {
+        Some(previous) if previous.goes_on(&run) => {
+            previous.len += run.len;
+            Ok(())
+        }
+        _ => last.replace(run).map_or(Ok(()), &mut *found),
+    })?;
+    last.map_or(Ok(()), found)
+}
 
 /// What one layer decides about the guest-visible disk; the rest is its parent's.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use super::{DEFAULT_BLOCK, DynamicHeader, Footer, ParentPaths, SECTOR, timestamp
 use crate::block_file::{BlockFile, ByteSource};
 use crate::disk::check_bounds;
 use crate::error::FormatError;
-use crate::layer::{LayerMap, MapBuilder, Presence, ReadLayer, Run, RunSink};
+use crate::layer::{LayerMap, MapBuilder, Presence, ReadLayer, Run, RunSink, joined};
 use crate::places::Places;
 use crate::{DiskError, DiskFormat, DiskInfo, DiskKind, RangeSet, bits, detect};
 
@@ -286,23 +286,17 @@ impl ReadLayer for VhdLayer {
             let presence = Presence::Here { file_offset: offset };
             return if len > 0 { found(Run { offset, len, presence }) } else { Ok(()) };
         };
-        let mut last: Option<Run> = None;
-        let mut push = |run: Run| match &mut last {
-            Some(previous) if previous.goes_on(&run) => {
-                previous.len += run.len;
-                Ok(())
-            }
-            _ => last.replace(run).map_or(Ok(()), &mut *found),
-        };
         let end = offset + len;
-        let mut at = offset;
-        while at < end {
-            let block = at / blocks.size;
-            let block_end = ((block + 1) * blocks.size).min(end);
-            self.block_runs(blocks, block, (at, block_end), &mut push)?;
-            at = block_end;
-        }
-        last.map_or(Ok(()), found)
+        joined(found, |push| {
+            let mut at = offset;
+            while at < end {
+                let block = at / blocks.size;
+                let block_end = ((block + 1) * blocks.size).min(end);
+                self.block_runs(blocks, block, (at, block_end), push)?;
+                at = block_end;
+            }
+            Ok(())
+        })
     }
 
     fn read_stored(&self, file_offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {

@@ -12,7 +12,7 @@ use super::{Header, MAX_FILE, MIB, Metadata, ParentLocator, Region, RegionTable,
 use crate::block_file::{BlockFile, ByteSource};
 use crate::disk::check_bounds;
 use crate::error::FormatError;
-use crate::layer::{LayerMap, MapBuilder, Presence, ReadLayer, Run, RunSink};
+use crate::layer::{LayerMap, MapBuilder, Presence, ReadLayer, Run, RunSink, joined};
 use crate::places::Places;
 use crate::{DiskError, DiskFormat, DiskInfo, bits, detect};
 
@@ -240,23 +240,17 @@ impl ReadLayer for VhdxLayer {
     fn runs(&self, offset: u64, len: u64, found: &mut RunSink<'_>) -> Result<(), DiskError> {
         let asked = usize::try_from(len).unwrap_or(usize::MAX);
         check_bounds(&self.image.path, self.info.size, offset, asked)?;
-        let mut last: Option<Run> = None;
-        let mut push = |run: Run| match &mut last {
-            Some(previous) if previous.goes_on(&run) => {
-                previous.len += run.len;
-                Ok(())
-            }
-            _ => last.replace(run).map_or(Ok(()), &mut *found),
-        };
         let end = offset + len;
-        let mut at = offset;
-        while at < end {
-            let block = at / self.geometry.block_size;
-            let block_end = ((block + 1) * self.geometry.block_size).min(end);
-            self.block_runs(block, at, block_end, &mut push)?;
-            at = block_end;
-        }
-        last.map_or(Ok(()), found)
+        joined(found, |push| {
+            let mut at = offset;
+            while at < end {
+                let block = at / self.geometry.block_size;
+                let block_end = ((block + 1) * self.geometry.block_size).min(end);
+                self.block_runs(block, at, block_end, push)?;
+                at = block_end;
+            }
+            Ok(())
+        })
     }
 
     fn read_stored(&self, file_offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
