@@ -82,13 +82,21 @@ impl Options {
     /// Refuses options that do not go together.
     fn check(&self) -> Result<(), Failure> {
         let given = [
-            ("--disk", !self.disks.is_empty()),
-            ("--restore-to", self.restore_to.is_some()),
-            ("--keep", self.keep),
+            ("--disk", !self.disks.is_empty(), "its guests make disks of their own"),
+            (
+                "--restore-to",
+                self.restore_to.is_some(),
+                "its points are judged by the guests that boot from them; `outrider export` writes points of a fabric of your own",
+            ),
+            (
+                "--keep",
+                self.keep,
+                "its VMs end with it; docs/qemu.md says how hosts of your own are protected",
+            ),
         ];
-        match (self.hypervisor, given.iter().find(|(_, given)| *given)) {
-            (On::Qemu, Some((option, _))) => {
-                Err(Failure::usage(format!("{option} does not go with --hypervisor qemu")))
+        match (self.hypervisor, given.iter().find(|(_, given, _)| *given)) {
+            (On::Qemu, Some((option, _, why))) => {
+                Err(Failure::usage(format!("{option} does not go with --hypervisor qemu: {why}")))
             }
             (On::Lab, _) if self.kernel.is_some() => {
                 Err(Failure::usage("--kernel goes with --hypervisor qemu only"))

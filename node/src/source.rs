@@ -109,6 +109,9 @@ impl ReadDisk for SourceDisk {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         self.disk.read_at(offset, buf)
     }
+    fn wait_before(&self, bytes: u64) -> std::time::Duration {
+        self.disk.wait_before(bytes)
+    }
     fn allocated(&self) -> Result<RangeSet, DiskError> {
         self.disk.allocated()
     }

@@ -35,6 +35,12 @@ impl Program {
         Some(Self(runner.into_iter().chain([exe]).collect()))
     }
 
+    /// The same, run by a command line that takes it as its last arguments.
+    #[must_use]
+    pub fn behind(self, runner: Vec<std::ffi::OsString>) -> Self {
+        Self(runner.into_iter().map(PathBuf::from).chain(self.0).collect())
+    }
+
     /// A command that runs it.
     #[must_use]
     pub fn command(&self) -> Command {

@@ -100,13 +100,14 @@ impl Ground<'_> {
     pub fn storage(&self, name: &str) -> String {
         format!(
             "name = {name}\nfabric = {fabric}\nidentity_dir = {identity}\ndata_dir = {data}\n\
-             listen = \"127.0.0.1:0\"\ncoordinators = [{coordinators}]\nzone = {name}\n\
+             listen = {listen}\ncoordinators = [{coordinators}]\nzone = {name}\n\
              capacity = \"{capacity}\"\nsegment_size = \"16 MiB\"\nlimits = {{ min_free = \"{min_free}\" }}\n{rim}",
             name = text(name),
             fabric = text(self.fabric),
             identity = self.identity("storage", name),
             data = self.data("storage", name),
             coordinators = list(self.coordinators),
+            listen = text(SocketAddr::new(self.plan.address, 0)),
             capacity = self.plan.capacity,
             min_free = self.plan.min_free,
             rim = rim(self.plan),

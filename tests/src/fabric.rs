@@ -1,6 +1,6 @@
 //! A whole fabric of real processes in a temporary folder.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -54,6 +54,8 @@ pub struct Plan {
     pub capacity: &'static str,
     /// OTLP receiver.
     pub otlp: Option<String>,
+    /// Where coordinators and storage nodes listen.
+    pub address: IpAddr,
     /// Debug logs.
     pub verbose: bool,
 }
@@ -77,6 +79,7 @@ impl Default for Plan {
             merge_wait: "60s",
             capacity: "2 GiB",
             otlp: None,
+            address: Ipv4Addr::LOCALHOST.into(),
             verbose: std::env::var_os("OUTRIDER_TEST_DEBUG").is_some(),
         }
     }
@@ -344,7 +347,7 @@ async fn only_address(process: &mut Process) -> SocketAddr {
 async fn start_coordinators(plan: &Plan, fabric: &str, dir: &Path) -> (Vec<Process>, Vec<String>) {
     let mut reason = String::new();
     for _ in 0..5 {
-        let addresses = free_ports(plan.coordinators);
+        let addresses = free_ports_at(plan.address, plan.coordinators);
         let ground = Ground { plan, fabric, dir, coordinators: &addresses };
         let mut started: Vec<Process> = (0..plan.coordinators)
             .map(|place| {
@@ -372,7 +375,11 @@ async fn start_coordinators(plan: &Plan, fabric: &str, dir: &Path) -> (Vec<Proce
 /// Addresses that nobody listens on now.
 #[must_use]
 pub fn free_ports(count: usize) -> Vec<String> {
+    free_ports_at(Ipv4Addr::LOCALHOST.into(), count)
+}
+
+fn free_ports_at(address: IpAddr, count: usize) -> Vec<String> {
     let held: Vec<TcpListener> =
-        (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
+        (0..count).map(|_| TcpListener::bind((address, 0)).expect("a port")).collect();
     held.iter().map(|l| l.local_addr().expect("bound").to_string()).collect()
 }

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_qemulab::{
-    Cluster, Disk, Format, Installation, Machine, NewVm, Shape, Verdict, image,
+    Cluster, Disk, Format, Installation, Machine, Network, NewVm, Shape, Verdict, image,
 };
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::binary::Program;
 use crate::config::RealHost;
 use crate::eventually;
 use crate::fabric::{Core, Folder, MIB, Plan, settled};
@@ -55,12 +56,37 @@ static TURNS: Semaphore = Semaphore::const_new(2);
 pub struct Truth(Vec<PathBuf>);
 
 impl RealFabric {
+    /// Starts everything with each host in a network namespace of its own, where that is permitted; else, loudly, on
+    /// loopback.
+    pub async fn start_apart(plan: Plan, installation: &Installation, more: &str) -> Self {
+        let hosts: Vec<&str> = plan.hosts.iter().map(String::as_str).collect();
+        let network = match Network::new(&hosts) {
+            Ok(network) => Some(network),
+            Err(reason) => {
+                println!("ON LOOPBACK: hosts cannot have namespaces here: {reason}");
+                None
+            }
+        };
+        let address = network.as_ref().map_or(plan.address, |n| n.outside);
+        Self::start_on(Plan { address, ..plan }, installation, more, network).await
+    }
+
     /// Starts everything; `more` are further settings of `[qemu]` in every agent's configuration.
     pub async fn start(plan: Plan, installation: &Installation, more: &str) -> Self {
+        Self::start_on(plan, installation, more, None).await
+    }
+
+    async fn start_on(
+        plan: Plan,
+        installation: &Installation,
+        more: &str,
+        network: Option<Network>,
+    ) -> Self {
         let turn = TURNS.acquire().await.expect("never closed");
         let core = Core::start(&plan).await;
         let hosts: Vec<&str> = plan.hosts.iter().map(String::as_str).collect();
-        let cluster = Cluster::new(core.dir(), &hosts, installation).await.expect("a cluster");
+        let cluster =
+            Cluster::joined(core.dir(), &hosts, installation, network).await.expect("a cluster");
         println!("{}, {}", installation.version, cluster.accelerator());
         let images = cluster.shared().join("restored");
         std::fs::create_dir_all(&images).expect("a folder");
@@ -70,7 +96,10 @@ impl RealFabric {
             .map(|host| {
                 let sockets = &cluster.places(host).expect("a host").sockets;
                 let real = RealHost { sockets, images: &images, more };
-                Process::start("node", host, core.dir(), &ground.node_with_qemu(host, &real))
+                let config = ground.node_with_qemu(host, &real);
+                let runner = cluster.network().map(|n| n.on(host).expect("a host"));
+                let program = Program::native().behind(runner.unwrap_or_default());
+                Process::start_with(program, "node", host, core.dir(), &config)
             })
             .collect();
         for agent in &mut agents {

@@ -102,3 +102,31 @@ fn the_demo_on_real_vms_tells_its_whole_story_or_says_what_to_install() {
     assert_eq!(names.join(" "), story, "{result}");
     assert!(std::fs::read_dir(folder.path()).expect("a folder").next().is_none(), "all is gone");
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn without_qemu_the_demo_says_in_one_line_what_to_install_and_other_options_say_why_not() {
+    let empty = tempfile::tempdir().expect("a folder");
+    let demo = |more: &[&str]| {
+        let mut demo = Command::new(outrider_tests::binary::outrider());
+        demo.args(["demo", "--hypervisor", "qemu"]).args(more).env("PATH", empty.path());
+        let output = demo.output().expect("the demo runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, told) = demo(&[]);
+    assert_eq!(code, Some(3), "{told}");
+    let line =
+        told.lines().find(|l| l.contains("QEMU is missing")).expect("it says what is missing");
+    assert!(line.contains("apt-get install qemu-system-x86 qemu-utils"), "{told}");
+    for (option, why) in
+        [("--keep", "its VMs end with it"), ("--restore-to=x", "`outrider export`")]
+    {
+        let (code, told) = demo(&[option]);
+        assert_eq!(code, Some(2), "{told}");
+        assert!(
+            told.contains("does not go with --hypervisor qemu") && told.contains(why),
+            "{told}"
+        );
+    }
+    assert!(std::fs::read_dir(empty.path()).expect("a folder").next().is_none(), "nothing is made");
+}

@@ -16,11 +16,17 @@ use serde_json::json;
 /// A backup lasts some seconds, so that things can happen in its middle.
 const SLOW: &str = "max_read_rate = \"4 MiB\"";
 
-/// Starts a fabric, or leaves the test where there is no QEMU.
+/// Starts a fabric, or leaves the test where there is no QEMU; `apart`: hosts in network namespaces where that is permitted.
 macro_rules! fabric {
+    (apart $more:expr) => {
+        fabric!(start_apart, $more)
+    };
     ($more:expr) => {
+        fabric!(start, $more)
+    };
+    ($start:ident, $more:expr) => {
         match installation() {
-            Some(installation) => RealFabric::start(Plan::default(), &installation, $more).await,
+            Some(installation) => RealFabric::$start(Plan::default(), &installation, $more).await,
             None => return,
         }
     };
@@ -94,7 +100,7 @@ async fn full_and_incrementals_of_real_vms_restore_exactly_and_boot() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_in_a_backup_is_one_job_on_two_hosts() {
-    let mut fabric = fabric!(SLOW);
+    let mut fabric = fabric!(apart SLOW);
     fabric.vm("traveller", "alpha", Shape::Blockdev).await;
     let guest = &mut fabric.cluster.vm("traveller").expect("it runs").guest;
     guest.write(1, 16 * MIB).await.expect("it writes");
@@ -158,7 +164,7 @@ async fn a_migration_that_fails_in_a_backup_leaves_the_job_where_the_vm_is() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_that_dies_in_a_backup_costs_no_point_and_no_byte() {
-    let mut fabric = fabric!(SLOW);
+    let mut fabric = fabric!(apart SLOW);
     fabric.vm("survivor", "alpha", Shape::Blockdev).await;
     let guest = &mut fabric.cluster.vm("survivor").expect("it runs").guest;
     guest.write(1, 8 * MIB).await.expect("it writes");

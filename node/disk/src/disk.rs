@@ -82,6 +82,12 @@ pub trait ReadDisk: Send + Sync {
     /// [`DiskError::OutOfBounds`] if the range passes the end of the disk; otherwise what reading met.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError>;
 
+    /// How long a reader that can wait without holding a thread should wait before it reads so many bytes. Asking counts as
+    /// reading for the source's bound, so whoever asks reads then; who reads without asking is held back by the read itself.
+    fn wait_before(&self, _bytes: u64) -> std::time::Duration {
+        std::time::Duration::ZERO
+    }
+
     /// The guest-visible ranges that may hold anything but zeros, over the whole chain.
     ///
     /// # Errors
@@ -96,6 +102,10 @@ impl<D: ReadDisk + ?Sized> ReadDisk for Arc<D> {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         (**self).read_at(offset, buf)
+    }
+
+    fn wait_before(&self, bytes: u64) -> std::time::Duration {
+        (**self).wait_before(bytes)
     }
 
     fn allocated(&self) -> Result<RangeSet, DiskError> {

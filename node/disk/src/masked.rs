@@ -30,6 +30,10 @@ impl ReadDisk for MaskedDisk {
         self.disk.info()
     }
 
+    fn wait_before(&self, bytes: u64) -> std::time::Duration {
+        self.disk.wait_before(bytes)
+    }
+
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         let wanted = RangeSet::single(offset, buf.len() as u64);
         if self.masked.intersect(&wanted).is_empty() {

@@ -87,6 +87,7 @@ impl Pipeline {
         let _budget = self.pool.reserve(total).await;
         let source = self.disks[disk].source.clone();
         let sealer = self.sealer.clone();
+        pace(source.as_ref(), total).await;
         let read = self
             .pool
             .run(move || read_and_hash(&*source, offset, first, &lengths, |b| sealer.chunk_id(b)))
@@ -196,6 +197,14 @@ impl Pipeline {
         let clear = Links::Page { level, children: children.to_vec() }.encode();
         let id = self.sealer.id_of(Kind::Page, &clear, &[]);
         Ok(Some(self.sealer.seal(Kind::Page, id, &clear, &[])?))
+    }
+}
+
+/// Waits until the source may be read again: no thread is held meanwhile.
+pub(super) async fn pace(source: &dyn ReadDisk, bytes: usize) {
+    let wait = source.wait_before(bytes as u64);
+    if !wait.is_zero() {
+        tokio::time::sleep(wait).await;
     }
 }
 

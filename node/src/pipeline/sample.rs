@@ -8,6 +8,7 @@ use outrider_proto::page::FANOUT;
 use outrider_proto::seal::{Sealer, is_zero};
 use rand::Rng;
 
+use super::leaf::pace;
 use super::{DiskPlan, ParentTree, PipelineError, Pool};
 
 /// Share of the unchanged chunks that is read again.
@@ -51,6 +52,7 @@ pub async fn compare(
             }
             let (offset, length) = plan.chunk_range(leaf, child);
             let _budget = pool.reserve(length).await;
+            pace(source.as_ref(), length).await;
             let (source, sealer) = (source.clone(), sealer.clone());
             let id = pool
                 .run(move || {

@@ -17,6 +17,7 @@ use crate::image::{self, Format};
 use crate::initramfs;
 use crate::install::Installation;
 use crate::machine::{Boot, Disk, Machine, Places, Shape};
+use crate::network::Network;
 use crate::process::Process;
 use crate::qmp::Qmp;
 use crate::wait::until;
@@ -82,6 +83,8 @@ pub struct Cluster {
     vms: BTreeMap<String, Vm>,
     /// Seconds without a word after which a guest turns itself off; 0: never.
     pub idle: u64,
+    /// How they are joined, when not by loopback. Dropped last.
+    network: Option<Network>,
 }
 
 impl Cluster {
@@ -94,6 +97,19 @@ impl Cluster {
         hosts: &[&str],
         installation: &Installation,
     ) -> Result<Self, Error> {
+        Self::joined(dir, hosts, installation, None).await
+    }
+
+    /// The same with hosts on a network; without one they share loopback.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn joined(
+        dir: &Path,
+        hosts: &[&str],
+        installation: &Installation,
+        network: Option<Network>,
+    ) -> Result<Self, Error> {
         let shared = dir.join("shared");
         make(&shared)?;
         let mut places = BTreeMap::new();
@@ -101,7 +117,10 @@ impl Cluster {
             let folder = dir.join("hosts").join(host);
             let (sockets, control) = (folder.join("sockets"), folder.join("control"));
             // The whole of 127/8 is this machine: a host has an address of its own without any right.
-            let address = Ipv4Addr::new(127, 0, 77, number).into();
+            let address = match &network {
+                Some(network) => network.address(host)?,
+                None => Ipv4Addr::new(127, 0, 77, number).into(),
+            };
             let place = Places { address, sockets, control };
             make(&place.sockets)?;
             make(&place.control)?;
@@ -117,7 +136,7 @@ impl Cluster {
             initramfs,
         };
         boot.accel = accelerator(&boot, dir).await;
-        Ok(Self { boot, shared, hosts: places, vms: BTreeMap::new(), idle: 1800 })
+        Ok(Self { boot, shared, hosts: places, vms: BTreeMap::new(), idle: 1800, network })
     }
 
     /// "kvm" or "tcg".
@@ -139,6 +158,12 @@ impl Cluster {
     pub fn places(&self, host: &str) -> Result<&Places, Error> {
         let unknown = || Error::Unknown { kind: "host", name: host.to_owned() };
         self.hosts.get(host).ok_or_else(unknown)
+    }
+
+    /// The network that joins the hosts; `None`: loopback.
+    #[must_use]
+    pub fn network(&self) -> Option<&Network> {
+        self.network.as_ref()
     }
 
     /// A VM that runs.
@@ -209,7 +234,11 @@ impl Cluster {
     ) -> Result<Vm, Error> {
         let places = self.places(host)?;
         let name = machine.name.clone();
-        let line = machine.command_line(&self.boot, places, incoming);
+        let mut line = match &self.network {
+            Some(network) => network.on(host)?,
+            None => Vec::new(),
+        };
+        line.extend(machine.command_line(&self.boot, places, incoming));
         let guest = Guest::new(&name, &places.steering(&name), &places.said(&name));
         let mut process = Process::start(&line, &places.log(&name))?;
         let monitor = places.monitor(&name);

@@ -14,6 +14,7 @@
 //! | [`process`] | a QEMU process that never outlives its owner |
 //! | [`qmp`] | the cluster manager's monitor |
 //! | [`guest`] | steering a guest over its serial port |
+//! | [`network`] | hosts in network namespaces, which can be cut off |
 //! | [`cluster`], [`migrate`] | hosts, VMs and what happens to them |
 #![cfg(unix)]
 
@@ -26,6 +27,7 @@ pub mod install;
 pub mod machine;
 pub mod migrate;
 pub mod modules;
+pub mod network;
 pub mod process;
 pub mod qmp;
 mod wait;
@@ -36,3 +38,4 @@ pub use guest::{Guest, Verdict};
 pub use image::Format;
 pub use install::Installation;
 pub use machine::{Disk, Machine, Shape};
+pub use network::Network;

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -62,6 +63,19 @@ impl Rate {
     }
 }
 
+/// Bytes that were waited for and not read yet.
+#[derive(Debug, Default)]
+struct Paid(AtomicU64);
+
+impl Paid {
+    /// Takes up to `wanted` bytes of what was waited for; gives how many.
+    fn spend(&self, wanted: u64) -> u64 {
+        let left = |paid: u64| Some(paid.saturating_sub(wanted));
+        let before = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, left);
+        before.unwrap_or_else(|paid| paid).min(wanted)
+    }
+}
+
 /// An open export.
 pub(super) struct FrozenDisk {
     export: Export,
@@ -69,6 +83,7 @@ pub(super) struct FrozenDisk {
     pace: Pace,
     pool: Mutex<Connections>,
     returned: Condvar,
+    paid: Paid,
     /// Told when a read failed.
     unreadable: Box<dyn Fn() + Send + Sync>,
 }
@@ -114,7 +129,8 @@ impl FrozenDisk {
         };
         let unopened = pace.depth.saturating_sub(1);
         let pool = Mutex::new(Connections { idle: vec![first], unopened });
-        Ok(Self { export, info, pace, pool, returned: Condvar::new(), unreadable })
+        let (returned, paid) = (Condvar::new(), Paid::default());
+        Ok(Self { export, info, pace, pool, returned, paid, unreadable })
     }
 
     /// Does something on a connection of its own. One that failed is not used again.
@@ -172,9 +188,16 @@ impl ReadDisk for FrozenDisk {
             return Err(DiskError::OutOfBounds { path, offset, len, size });
         }
         if let Some(rate) = &self.pace.rate {
-            std::thread::sleep(rate.take(len));
+            let unpaid = len - self.paid.spend(len);
+            std::thread::sleep(rate.take(unpaid));
         }
         self.with("read", |nbd| nbd.read(offset, buf))
+    }
+
+    fn wait_before(&self, bytes: u64) -> Duration {
+        let Some(rate) = &self.pace.rate else { return Duration::ZERO };
+        self.paid.0.fetch_add(bytes, Ordering::AcqRel);
+        rate.take(bytes)
     }
 
     fn allocated(&self) -> Result<RangeSet, DiskError> {
@@ -231,6 +254,12 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_waited_for_is_not_waited_for_again() {
+        let paid = Paid(AtomicU64::new(100));
+        assert_eq!((paid.spend(60), paid.spend(60), paid.spend(60)), (60, 40, 0));
+    }
 
     #[test]
     fn a_rate_hands_out_no_more_than_it_has() {

@@ -291,6 +291,57 @@ async fn a_vm_that_ends_for_good_in_a_backup_is_told_as_that_and_nothing_is_left
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_moved_image_keeps_its_base_and_one_without_our_bitmap_is_read_in_full_and_says_why() {
+    if qemu_is_missing() {
+        return;
+    }
+    let world = World::new();
+    let host = Host::new(&world.folder.path().join("h"), FabricId::random());
+    let agent = host.agent().await;
+    let first = world.folder.path().join("a.qcow2");
+    filled(&first, 2 * LEAF);
+    let vm = Vm::start(&host, world.guid, &[&first], &[]).await;
+    until("it is seen", || async { agent.fleet.find(world.guid) }).await;
+    let (job, point) = (JobId::random(), PointId::random());
+    world.ends_well(world.attempt(&agent, job, point, 1)).await;
+    vm.end().await;
+
+    // As `cp` moves it while the VM is off.
+    let second = world.folder.path().join("elsewhere.qcow2");
+    std::fs::rename(&first, &second).expect("moved");
+    let vm = Vm::start(&host, world.guid, &[&second], &[]).await;
+    until("it is seen", || async { agent.fleet.find(world.guid) }).await;
+    vm.write(0, 0xb1, LEAF, 4096).await;
+    let (job, point) = (JobId::random(), PointId::random());
+    world.ends_well(world.attempt(&agent, job, point, 2)).await;
+    let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+    assert_eq!(commit.kind(), BackupKind::Incremental, "{:?}", commit.reasons);
+    assert_eq!(commit.stats.expect("figures").changed_bytes, u64::from(CHUNK));
+    vm.end().await;
+    world.judge(job, &second).await;
+
+    // As a storage migration by somebody else leaves it: the content without the bitmap.
+    let third = world.folder.path().join("converted.qcow2");
+    let made = Command::new("qemu-img")
+        .args(["convert", "-f", "qcow2", "-O", "qcow2"])
+        .args([&second, &third])
+        .status();
+    assert!(made.is_ok_and(|s| s.success()));
+    let vm = Vm::start(&host, world.guid, &[&third], &[]).await;
+    until("it is seen", || async { agent.fleet.find(world.guid) }).await;
+    vm.write(0, 0xb2, 0, 4096).await;
+    let (job, point) = (JobId::random(), PointId::random());
+    world.ends_well(world.attempt(&agent, job, point, 3)).await;
+    let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+    assert!(commit.stats.expect("figures").read_bytes > LEAF, "in full: {:?}", commit.stats);
+    assert!(!commit.reasons.is_empty(), "it says why");
+    println!("{:?} {:?}", commit.kind(), commit.reasons);
+    assert_eq!(vm.ours().await.len(), 1, "{:?}", vm.ours().await);
+    vm.end().await;
+    world.judge(job, &third).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_restored_disk_is_what_qemu_itself_would_make() {
     if qemu_is_missing() {
         return;

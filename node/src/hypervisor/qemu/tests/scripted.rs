@@ -374,3 +374,17 @@ async fn iothreads_are_refused_where_they_would_crash_the_vm() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_disk_that_takes_no_bitmap_is_captured_all_the_same() {
+    let world = World::new();
+    let peer = Peer {
+        refuses: Some(("block-dirty-bitmap-add", "Bitmaps are not supported here")),
+        ..Peer::new((7, 2))
+    };
+    let agent = world.with(&peer, None).await;
+    agent.create_checkpoint(&lease(), peer.guid, NAME, PLAIN).await.expect("a checkpoint");
+    assert!(peer.was_told("block-dirty-bitmap-add") && peer.was_told("block-export-add"));
+    // Nothing records since it, so whoever asks for a base finds none and reads in full.
+    assert!(agent.reference_points(peer.guid).await.expect("listed").is_empty());
+}

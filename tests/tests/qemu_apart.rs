@@ -1,0 +1,118 @@
+//! Following on hosts that are really apart: each in a network namespace with an address of its own, joined by a switch, so
+//! that a host can be cut off while its VM and its agent run on. Where namespaces are not permitted the rest is done on
+//! loopback, and said so.
+#![cfg(target_os = "linux")]
+
+use std::collections::BTreeSet;
+
+use outrider_proto::rpc::{self, BackupKind};
+use outrider_qemulab::Shape;
+use outrider_tests::fabric::MIB;
+use outrider_tests::real::{RealFabric, installation};
+use outrider_tests::{Plan, eventually};
+
+/// A backup lasts some seconds, so that things can happen in its middle.
+const SLOW: &str = "max_read_rate = \"4 MiB\"";
+
+/// Starts a backup and waits until it reads.
+async fn in_the_middle(fabric: &RealFabric, vm: &str, kind: BackupKind) -> rpc::Job {
+    let job = fabric.operator.backup(vm, kind).await;
+    eventually("the backup is in its middle", async || {
+        let now = fabric.operator.job(&job.job_id).await.map_err(|e| e.to_string())?;
+        assert_eq!(now.ended_unix_ms, 0, "it was to last: {now:?}");
+        let read = now.stats.unwrap_or_default().read_bytes;
+        if read >= 4 * MIB { Ok(now) } else { Err(format!("{read} bytes read: {now:?}")) }
+    })
+    .await
+}
+
+async fn host_is(fabric: &RealFabric, host: &str, state: &str) {
+    eventually(&format!("{host} is {state}"), async || {
+        let hosts = fabric.operator.hosts().await.map_err(|e| e.to_string())?;
+        let now = hosts.iter().find(|h| h.name == host).map(|h| h.state.clone());
+        if now.as_deref() == Some(state) { Ok(()) } else { Err(format!("{now:?}")) }
+    })
+    .await;
+}
+
+/// The restored guest has everything that was on disk at `least`.
+async fn assert_has_everything(
+    fabric: &mut RealFabric,
+    id: &str,
+    vm: &str,
+    host: &str,
+    least: u64,
+) {
+    let point = fabric.operator.point(vm, id).await;
+    let (states, verdict) = fabric.boots(&point, host).await;
+    assert!(states.iter().all(|s| s == "clean" || s == "replay"), "{states:?}");
+    assert!(verdict.committed >= least, "{least} were on disk before the checkpoint: {verdict:?}");
+    assert!((verdict.bad, verdict.errors) == (0, 0) && verdict.blocks > 0, "{verdict:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_is_cut_off_after_a_migration_in_a_backup_neither_stops_the_job_nor_commits()
+{
+    let Some(installation) = installation() else { return };
+    let mut fabric = RealFabric::start_apart(Plan::default(), &installation, SLOW).await;
+    fabric.vm("traveller", "alpha", Shape::Blockdev).await;
+    let guest = &mut fabric.cluster.vm("traveller").expect("it runs").guest;
+    guest.write(1, 16 * MIB).await.expect("it writes");
+    guest.write_at(2, MIB / 4).await.expect("it writes");
+    let before = guest.commits_beyond(guest.last_committed()).await.expect("it commits");
+
+    let job = in_the_middle(&fabric, "traveller", BackupKind::Full).await;
+    let moved = fabric.cluster.migrate("traveller", "beta").await.expect("it moves");
+    let apart = fabric.cluster.network().is_some();
+    if let Some(network) = fabric.cluster.network() {
+        // At once: whatever the source's agent had still to say is not heard.
+        network.cut("alpha", true).expect("cut");
+    }
+    let job = fabric.operator.done(&job.job_id).await;
+    let hosts: BTreeSet<&str> = job.attempts.iter().map(|a| a.host.as_str()).collect();
+    assert_eq!(hosts, BTreeSet::from(["alpha", "beta"]), "one job, two hosts: {job:?}");
+    assert_eq!(fabric.operator.points("traveller").await.len(), 1, "one job, one point");
+    println!("moved in {:?}, cut off: {apart}; {:?}", moved.took, job.stats);
+    if let Some(network) = fabric.cluster.network() {
+        network.cut("alpha", false).expect("joined");
+    }
+    host_is(&fabric, "alpha", "up").await;
+    assert_has_everything(&mut fabric, &job.point_id, "traveller", "alpha", before).await;
+    assert_eq!(fabric.operator.points("traveller").await.len(), 1, "nobody else committed");
+    fabric.assert_clean("traveller").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_is_cut_off_in_a_backup_and_joined_again_finishes_it() {
+    let Some(installation) = installation() else { return };
+    let mut fabric = RealFabric::start_apart(Plan::default(), &installation, SLOW).await;
+    fabric.vm("islander", "alpha", Shape::Blockdev).await;
+    let guest = &mut fabric.cluster.vm("islander").expect("it runs").guest;
+    guest.write(1, 16 * MIB).await.expect("it writes");
+    let before = guest.last_committed();
+    let job = in_the_middle(&fabric, "islander", BackupKind::Full).await;
+    if let Some(network) = fabric.cluster.network() {
+        network.cut("alpha", true).expect("cut");
+    }
+    if fabric.cluster.network().is_some() {
+        eventually("its lease ends, and nobody has a point", async || {
+            let now = fabric.operator.job(&job.job_id).await.map_err(|e| e.to_string())?;
+            let over = now.attempts.iter().any(|a| a.ended_unix_ms != 0);
+            if over && now.ended_unix_ms == 0 { Ok(()) } else { Err(format!("{now:?}")) }
+        })
+        .await;
+        assert!(fabric.operator.points("islander").await.is_empty());
+        // The guest does not care.
+        let guest = &mut fabric.cluster.vm("islander").expect("it runs").guest;
+        guest.write(2, MIB).await.expect("it writes");
+    }
+    if let Some(network) = fabric.cluster.network() {
+        network.cut("alpha", false).expect("joined");
+    }
+    let job = fabric.operator.done(&job.job_id).await;
+    assert_has_everything(&mut fabric, &job.point_id, "islander", "beta", before).await;
+    fabric.assert_clean("islander").await;
+    let (next, truth) = fabric.backed_up_at_rest("islander", BackupKind::Incremental).await;
+    assert_eq!(next.kind(), BackupKind::Incremental, "no fall-back: {next:?}");
+    fabric.assert_restores_exactly(&next, &truth, "beta").await;
+}
