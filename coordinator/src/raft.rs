@@ -3,6 +3,8 @@
 //! Everything that is stored or sent is JSON of types that grow by optional fields, so that members of two releases
 //! understand each other during an upgrade.
 
+mod admission;
+mod inquiry;
 mod log_store;
 mod member;
 mod network;
@@ -15,6 +17,7 @@ mod tests;
 
 use std::io::Cursor;
 
+pub(crate) use inquiry::settle;
 pub use member::StartError;
 pub(crate) use member::{Member, ProposeError, RaftTimes};
 pub(crate) use service::RaftService;

@@ -27,7 +27,7 @@ use crate::enrolment::Enroller;
 use crate::keys::{self, KeyRing, KeysError};
 use crate::leader::{Leader, Settings};
 use crate::metrics::Metrics;
-use crate::raft::{Member, RaftService, RaftTimes, StartError, Store, StoreError};
+use crate::raft::{Member, RaftService, RaftTimes, StartError, Store, StoreError, settle};
 use crate::schedule::Limits;
 use crate::state::Change;
 use crate::state::enrolment::Authority;
@@ -140,7 +140,16 @@ pub async fn run(
     let enroller =
         Arc::new(Enroller::new(config.fabric.to_string(), kek.clone(), config.enrolment.valid));
     let served = serve(&leader, &enroller, &identity, listener, &group, failed.clone())?;
-    member.bootstrap(&config.member_addresses()).await?;
+    let (start_error, mut start_failed) = oneshot::channel();
+    {
+        let (member, identity, stop) = (member.clone(), Arc::clone(&identity), group.token());
+        let members = config.member_addresses();
+        group.spawn_critical("settle", async move {
+            if let Err(error) = settle(&member, &identity, &members, stop).await {
+                let _ = start_error.send(error);
+            }
+        });
+    }
     {
         let (leader, stop) = (Arc::clone(&leader), group.token());
         group.spawn_critical("lead", async move { leader.lead(stop).await });
@@ -186,6 +195,7 @@ pub async fn run(
     let mut result = tokio::select! {
         () = token.cancelled() => Ok(()),
         Ok(error) = &mut keys_failed => Err(CoordinatorError::Keys(error)),
+        Ok(error) = &mut start_failed => Err(CoordinatorError::Raft(error)),
         () = failed.cancelled() => Err(CoordinatorError::Stopped),
         () = group_stopped.cancelled() => Err(CoordinatorError::Stopped),
     };
@@ -283,7 +293,7 @@ fn serve(
         .add_service(EnrolmentService::server(Arc::clone(leader), Arc::clone(enroller)));
     let router = server()
         .add_service(CertificatesService::server(Arc::clone(leader), Arc::clone(enroller)))
-        .add_service(RaftService::server(leader.member().raft().clone()))
+        .add_service(RaftService::server(leader.member().clone()))
         .add_service(AgentService::server(Arc::clone(leader), tasks.clone()))
         .add_service(StorageService::server(Arc::clone(leader), tasks.clone()))
         .add_service(OperatorService::server(Arc::clone(leader), tasks));
@@ -347,15 +357,21 @@ async fn hold_keys(
     Ok(())
 }
 
-/// Ready while this member knows a leader.
+/// Ready while this member knows a leader and takes part.
 fn watch_readiness(leader: &Arc<Leader>, tasks: &TaskSpawner) -> watch::Receiver<Readiness> {
     let (sender, receiver) = watch::channel(Readiness::starting());
     let mut raft = leader.member().raft().metrics();
+    let mut takes_part = leader.member().takes_part();
     let stop = tasks.token();
     tasks.spawn("readiness", async move {
         loop {
             let known = raft.borrow_and_update().current_leader.is_some();
-            let readiness = if known {
+            let readiness = if !*takes_part.borrow_and_update() {
+                Readiness::NotReady(
+                    "this member started with an empty database and has not caught up; all other coordinators must run"
+                        .to_owned(),
+                )
+            } else if known {
                 Readiness::Ready
             } else {
                 Readiness::NotReady(
@@ -370,6 +386,7 @@ fn watch_readiness(leader: &Arc<Leader>, tasks: &TaskSpawner) -> watch::Receiver
             tokio::select! {
                 () = stop.cancelled() => return,
                 changed = raft.changed() => if changed.is_err() { return },
+                changed = takes_part.changed() => if changed.is_err() { return },
             }
         }
     });

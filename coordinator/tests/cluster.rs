@@ -36,6 +36,45 @@ async fn a_new_leader_is_there_within_three_seconds_and_knows_everything() {
     fabric.shutdown().await;
 }
 
+fn named_group(name: &str) -> rpc::CreateGroupRequest {
+    rpc::CreateGroupRequest {
+        name: name.into(),
+        name_patterns: vec!["*".into()],
+        policy: Some(rpc::Policy { require_all_disks: true, ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+/// Two of three have the change: one loses its disk, the other is away, the third never had it. The first and the third are a
+/// majority, and must not go on without the change.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_lost_its_disk_outvotes_nobody_who_knows_more() {
+    let mut fabric = Fabric::start(3).await;
+    let leader = fabric.leader().await;
+    let (lost, behind) = (fabric.others(leader)[0], fabric.others(leader)[1]);
+    fabric.stop(behind).await;
+    let request = named_group("confirmed");
+    fabric.operator_at(leader).await.create_group(request).await.expect("a majority has it");
+    fabric.stop(lost).await;
+    fabric.stop(leader).await;
+    fabric.lose_disk(lost);
+
+    fabric.start_again(lost).await;
+    fabric.start_again(behind).await;
+    let (before, _) = fabric.standing(behind).await;
+    eventually("the one that is behind asks for votes in vain", async || {
+        (fabric.standing(behind).await.0 >= before + 3).then_some(())
+    })
+    .await;
+    assert_eq!(fabric.standing(lost).await, (0, None), "it took part without knowing anything");
+
+    fabric.start_again(leader).await;
+    let groups = fabric.operator().await.list_groups(rpc::ListGroupsRequest {}).await;
+    let groups = groups.expect("there is a leader").into_inner().groups;
+    assert_eq!(groups[0].name, "confirmed", "what a majority confirmed is there");
+    fabric.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_follower_says_who_leads_and_answers_status_as_stale() {
     let fabric = Fabric::start(3).await;

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use crate::binary::Program;
 use crate::config::Ground;
 use crate::eventually;
+use crate::http;
 use crate::operator::Operator;
 use crate::process::Process;
 
@@ -342,6 +343,18 @@ async fn only_address(process: &mut Process) -> SocketAddr {
     *ready.addresses.values().next().expect("it listens")
 }
 
+/// Waits until each has heard the others: from then on one of them may go.
+async fn take_part(coordinators: &mut [Process]) {
+    for process in coordinators {
+        let address = process.observability().await;
+        eventually("the coordinator takes part", async || match http::ask(address, "/readyz") {
+            (200, _) => Ok(()),
+            (_, why) => Err(why),
+        })
+        .await;
+    }
+}
+
 /// Members must know each other's ports before they start: ports are reserved, released, and taken. Somebody else may
 /// be quicker; then all begin again with other ports.
 async fn start_coordinators(plan: &Plan, fabric: &str, dir: &Path) -> (Vec<Process>, Vec<String>) {
@@ -360,7 +373,10 @@ async fn start_coordinators(plan: &Plan, fabric: &str, dir: &Path) -> (Vec<Proce
             failed = failed.or(process.try_ready().await.err());
         }
         match failed {
-            None => return (started, addresses),
+            None => {
+                take_part(&mut started).await;
+                return (started, addresses);
+            }
             Some(why) if why.contains("already in use") => reason = why,
             Some(why) => panic!("{why}"),
         }

@@ -162,3 +162,31 @@ async fn lost_storage_nodes_and_rotten_copies_do_not_touch_a_restore() {
     fabric.storage[2].ready().await;
     fabric.assert_restores_exactly(&full, "alpha").await;
 }
+
+/// The others fill it anew, and then it counts: with one other it is a majority, whoever that is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_that_lost_its_disk_is_filled_anew_and_counts_again() {
+    let mut fabric = Fabric::start(Plan { coordinators: 3, ..patient() }).await;
+    fabric.vm(VM, "alpha", 8 * MIB).await;
+    let first = fabric.operator.backed_up(VM, BackupKind::Full).await;
+    let leader = usize::try_from(who_leads(&fabric).await - 1).expect("one of three");
+    let (lost, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    fabric.coordinators[lost].kill();
+    let data = fabric.dir().join(format!("coordinator-c{}", lost + 1));
+    assert!(data.join("db").is_dir(), "what it loses");
+    std::fs::remove_dir_all(&data).expect("removed");
+    fabric.coordinators[lost].restart();
+    fabric.coordinators[lost].ready().await;
+
+    // The leader needs it for everything that it confirms.
+    fabric.coordinators[other].kill();
+    let second = fabric.operator.backed_up(VM, BackupKind::Incremental).await;
+    // And the third one cannot lead without it, nor it without the third one's word of what is newer there.
+    fabric.coordinators[leader].kill();
+    fabric.coordinators[other].restart();
+    fabric.coordinators[other].ready().await;
+    for point in [&first, &second] {
+        fabric.operator.point(VM, &point.point_id).await;
+    }
+    fabric.assert_restores_exactly(&second, "alpha").await;
+}

@@ -30,6 +30,13 @@ impl LogStore {
         Self { log, meta }
     }
 
+    /// Whether it holds neither a vote nor an entry, and never did.
+    pub(super) fn is_empty(&self) -> sled::Result<bool> {
+        Ok(self.log.is_empty()
+            && !self.meta.contains_key(VOTE)?
+            && !self.meta.contains_key(PURGED)?)
+    }
+
     fn mark<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StorageError> {
         match self.meta.get(name).map_err(read)? {
             Some(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(read),

@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use openraft::error::{CheckIsLeaderError, ClientWriteError, InitializeError, RaftError};
 use openraft::{BasicNode, Config, ServerState, SnapshotPolicy};
 use outrider_process::clock::Clock;
 use outrider_process::identity::Identity;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use super::Raft;
+use super::admission::{Admission, Standing};
 use super::network::Network;
 use super::store::{Replica, Store};
 use crate::state::{Change, Command, Outcome};
@@ -46,6 +48,9 @@ pub(crate) struct Member {
     replica: Replica,
     clock: Arc<dyn Clock>,
     proof: Arc<Mutex<Option<Proof>>>,
+    id: u64,
+    admission: Arc<Admission>,
+    stood_back: Arc<AtomicBool>,
 }
 
 struct Proof {
@@ -76,6 +81,9 @@ pub enum StartError {
     /// openraft stopped at once.
     #[error("Raft cannot be started; look at the database")]
     Raft(#[source] Box<openraft::error::Fatal<u64>>),
+    /// The database does not keep where this member stands.
+    #[error("the database does not take what this member has to remember; look at its disk")]
+    Mark(#[source] sled::Error),
 }
 
 impl Member {
@@ -108,17 +116,46 @@ impl Member {
         let raft = Raft::new(id, config, network, store.log, store.machine)
             .await
             .map_err(|fatal| StartError::Raft(Box::new(fatal)))?;
-        Ok(Self { raft, replica: store.replica, clock, proof: Arc::default() })
+        let admission = Arc::new(store.admission);
+        if admission.standing() != Standing::Full {
+            // The one that begins a new fabric stands for election all the same: see `bootstrap`.
+            raft.runtime_config().elect(false);
+        }
+        Ok(Self {
+            raft,
+            replica: store.replica,
+            clock,
+            proof: Arc::default(),
+            id,
+            admission,
+            stood_back: Arc::default(),
+        })
     }
 
-    /// Makes the first membership unless there is one. Every member calls it with the same list, which is safe.
+    /// This member's id.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Whether this member votes and acknowledges without bounds: not right after it started with an empty database.
+    pub(crate) fn takes_part(&self) -> watch::Receiver<bool> {
+        self.admission.full()
+    }
+
+    /// What this member may do.
+    pub(super) fn admission(&self) -> &Admission {
+        &self.admission
+    }
+
+    /// Makes the first membership of a new fabric unless there is one, and stands for election.
     ///
     /// # Errors
     /// [`StartError::Raft`].
-    pub(crate) async fn bootstrap(
+    pub(super) async fn bootstrap(
         &self,
         members: &BTreeMap<u64, String>,
     ) -> Result<(), StartError> {
+        self.stand();
         let members: BTreeMap<u64, BasicNode> =
             members.iter().map(|(id, address)| (*id, BasicNode::new(address))).collect();
         match self.raft.initialize(members).await {
@@ -241,7 +278,15 @@ impl Member {
 
     /// Never stands for election again.
     pub(crate) fn stand_back(&self) {
+        self.stood_back.store(true, Ordering::SeqCst);
         self.raft.runtime_config().elect(false);
+    }
+
+    /// Stands for election, unless it stood back.
+    pub(super) fn stand(&self) {
+        if !self.stood_back.load(Ordering::SeqCst) {
+            self.raft.runtime_config().elect(true);
+        }
     }
 
     /// Stops Raft and waits for it.
@@ -249,6 +294,7 @@ impl Member {
         if let Err(error) = self.raft.shutdown().await {
             tracing::error!(%error, "Raft did not stop in order");
         }
+        self.admission.close();
     }
 }
 

@@ -40,13 +40,18 @@ impl RaftNetworkFactory<Types> for Network {
     type Network = Connection;
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Connection {
-        let client = endpoint(&self.identity, &node.addr).map(|endpoint| {
-            RaftClient::new(endpoint.connect_lazy())
-                .max_decoding_message_size(MAX_MESSAGE)
-                .max_encoding_message_size(MAX_MESSAGE)
-        });
-        Connection { target, client }
+        Connection { target, client: client(&self.identity, &node.addr) }
     }
+}
+
+/// A client of the member at this address; it connects when it is used.
+pub(super) fn client(
+    identity: &Identity,
+    address: &str,
+) -> Result<RaftClient<Channel>, tonic::transport::Error> {
+    Ok(RaftClient::new(endpoint(identity, address)?.connect_lazy())
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE))
 }
 
 fn endpoint(identity: &Identity, address: &str) -> Result<Endpoint, tonic::transport::Error> {

@@ -1,5 +1,6 @@
 //! The members' side of the `Raft` service.
 
+use openraft::raft::{AppendEntriesRequest, InstallSnapshotRequest, VoteRequest};
 use outrider_process::identity::Role;
 use outrider_proto::rpc::RaftMessage;
 use outrider_proto::rpc::raft_server::Raft as RaftRpc;
@@ -7,20 +8,21 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tonic::{Request, Response, Status};
 
+use super::admission::{Known, NotYet, Standing};
 use super::network::VERSION;
 use super::store::encode;
-use super::{Raft, network};
+use super::{Member, Types, network};
 use crate::api::peer;
 
 /// Serves members only.
 pub(crate) struct RaftService {
-    raft: Raft,
+    member: Member,
 }
 
 impl RaftService {
     /// The service of this member.
-    pub(crate) fn server(raft: Raft) -> outrider_proto::rpc::raft_server::RaftServer<Self> {
-        outrider_proto::rpc::raft_server::RaftServer::new(Self { raft })
+    pub(crate) fn server(member: Member) -> outrider_proto::rpc::raft_server::RaftServer<Self> {
+        outrider_proto::rpc::raft_server::RaftServer::new(Self { member })
             .max_decoding_message_size(network::MAX_MESSAGE)
             .max_encoding_message_size(network::MAX_MESSAGE)
     }
@@ -30,12 +32,16 @@ impl RaftService {
 impl RaftRpc for RaftService {
     async fn append(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
         let body = open(request)?;
-        answer(&self.raft.append_entries(parse(&body)?).await)
+        let request: AppendEntriesRequest<Types> = parse(&body)?;
+        self.member.admission().takes(request.vote.leader_id.term).map_err(refused)?;
+        answer(&self.member.raft().append_entries(request).await)
     }
 
     async fn vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
         let body = open(request)?;
-        answer(&self.raft.vote(parse(&body)?).await)
+        let request: VoteRequest<u64> = parse(&body)?;
+        self.member.admission().votes().map_err(refused)?;
+        answer(&self.member.raft().vote(request).await)
     }
 
     async fn install_snapshot(
@@ -43,8 +49,28 @@ impl RaftRpc for RaftService {
         request: Request<RaftMessage>,
     ) -> Result<Response<RaftMessage>, Status> {
         let body = open(request)?;
-        answer(&self.raft.install_snapshot(parse(&body)?).await)
+        let request: InstallSnapshotRequest<Types> = parse(&body)?;
+        self.member.admission().takes(request.vote.leader_id.term).map_err(refused)?;
+        answer(&self.member.raft().install_snapshot(request).await)
     }
+
+    async fn standing(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
+        open(request)?;
+        let remembers = self.member.admission().standing() == Standing::Full;
+        let metrics = self.member.raft().metrics();
+        let known = {
+            let metrics = metrics.borrow();
+            Known { term: metrics.current_term, last_log: metrics.last_log_index, remembers }
+        };
+        answer(&known)
+    }
+}
+
+fn refused(why: NotYet) -> Status {
+    Status::unavailable(why.to_string())
 }
 
 fn open(request: Request<RaftMessage>) -> Result<Vec<u8>, Status> {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::LogId;
+use super::admission::{Admission, MARK};
 use super::log_store::LogStore;
 use super::state_machine::StateMachine;
 use crate::state::State;
@@ -65,6 +66,7 @@ pub(crate) struct Store {
     pub(crate) log: LogStore,
     pub(crate) machine: StateMachine,
     pub(crate) replica: Replica,
+    pub(super) admission: Admission,
 }
 
 /// The replicated state on this member. Cheap to clone; reading never waits for I/O.
@@ -113,10 +115,14 @@ impl Store {
             Some((_, content)) => decode(dir, "snapshot", &content)?,
             None => Applied::default(),
         };
+        let log = LogStore::new(db.open_tree("log").map_err(open)?, meta.clone());
+        let empty = applied.last.is_none() && log.is_empty().map_err(open)?;
+        let mark = meta.get(MARK).map_err(open)?;
+        let mark = mark.map(|bytes| decode(dir, MARK, &bytes)).transpose()?;
+        let admission = Admission::new(meta, mark, empty);
         let replica = Replica::new(applied);
-        let log = LogStore::new(db.open_tree("log").map_err(open)?, meta);
         let machine = StateMachine::new(snapshots, replica.clone());
-        Ok(Self { log, machine, replica })
+        Ok(Self { log, machine, replica, admission })
     }
 }
 

@@ -78,6 +78,15 @@ impl Fabric {
         for ready in starting {
             ready.await.expect("the coordinator serves");
         }
+        eventually("all take part", async || {
+            for id in 1..=count {
+                if !fabric.known(id).await["remembers"].as_bool()? {
+                    return None;
+                }
+            }
+            Some(())
+        })
+        .await;
         fabric
     }
 
@@ -230,6 +239,32 @@ impl Fabric {
             member.token.cancel();
             member.task.await.expect("no panic").expect("a clean end");
         }
+    }
+
+    /// Starts a member that was ended; it may not be ready before others run.
+    pub(crate) async fn start_again(&mut self, id: u64) {
+        self.launch(id).await.expect("the coordinator serves again");
+    }
+
+    /// A member that was ended loses its disk.
+    pub(crate) fn lose_disk(&self, id: u64) {
+        assert!(!self.members.contains_key(&id), "end it first");
+        std::fs::remove_dir_all(self.dir.path().join(format!("data-{id}"))).expect("removed");
+    }
+
+    /// The latest term that a member has seen, and the index of its last entry.
+    pub(crate) async fn standing(&self, id: u64) -> (u64, Option<u64>) {
+        let known = self.known(id).await;
+        (known["term"].as_u64().expect("a term"), known["last_log"].as_u64())
+    }
+
+    /// What a member tells of itself.
+    async fn known(&self, id: u64) -> serde_json::Value {
+        let identity = self.identity(Role::Coordinator, "c1");
+        let mut client = RaftClient::new(self.channel(id, &identity).await);
+        let question = rpc::RaftMessage { version: 1, body: Vec::new() };
+        let answer = client.standing(question).await.expect("answers").into_inner().body;
+        serde_json::from_slice(&answer).expect("JSON")
     }
 
     pub(crate) async fn restart_all(&mut self) {
