@@ -19,7 +19,7 @@ use outrider_process::telemetry::{self, LogConfig, TelemetryConfig, host_events}
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use export::export_disks;
+pub(crate) use export::{What, export_disks};
 
 use crate::cli::Done;
 use crate::report::Failure;

@@ -18,16 +18,16 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use outrider_disk::{DiskError, RangeSet};
 use outrider_proto::ids::{CheckpointId, DiskId, VmGuid};
-use outrider_proto::manifest::{DiskManifest, Machine};
+use outrider_proto::manifest::{DiskManifest, Machine, Security};
 use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
 pub use boot::{BootCheck, Booting, Sign};
 pub use error::{HypervisorError, Retry};
-pub use new_vm::{Defined, HostFacts, Networks, NewVm, SetAside};
+pub use new_vm::{Defined, HostFacts, Networks, NewVm, RestoredCheckpoint, SetAside};
 
 use crate::lease::Lease;
-use crate::restore::{NewDisk, image_extension, new_image};
+use crate::restore::{NewDisk, image_extension, new_child, new_image};
 use crate::source::{FrozenSource, open_chain};
 
 /// What a VM is doing.
@@ -229,6 +229,32 @@ pub struct FrozenDisk {
     pub path: PathBuf,
 }
 
+/// A checkpoint that an administrator made, or the host by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserCheckpoint {
+    /// It; what a recovery checkpoint can be asked for, it can be asked for, too.
+    pub checkpoint: Checkpoint,
+    /// The one that it follows.
+    pub parent: Option<CheckpointId>,
+    /// The administrator's remarks.
+    pub notes: String,
+    /// When it was made, milliseconds since the Unix epoch; 0: not told.
+    pub created_unix_ms: u64,
+    /// The host made it by itself.
+    pub automatic: bool,
+    /// It carries a saved state.
+    pub saved_state: bool,
+}
+
+/// The user checkpoints of a VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UserCheckpoints {
+    /// All, parents before children.
+    pub all: Vec<UserCheckpoint>,
+    /// The one that a recovery checkpoint follows.
+    pub current: Option<CheckpointId>,
+}
+
 /// A reference point.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReferencePoint {
@@ -276,6 +302,14 @@ pub trait Hypervisor: Send + Sync + 'static {
         keep_disk_id: bool,
     ) -> Result<Box<dyn NewDisk>, DiskError> {
         new_image(path, disk, keep_disk_id)
+    }
+
+    /// Makes the empty differencing disk over `parent` that a restore of checkpoints fills. Blocks.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn create_child(&self, path: &Path, parent: &Path) -> Result<Box<dyn NewDisk>, DiskError> {
+        new_child(path, parent)
     }
 
     /// Extension of the file that a restore writes a disk to.
@@ -340,6 +374,24 @@ pub trait Hypervisor: Send + Sync + 'static {
         &self,
         checkpoint: &Checkpoint,
     ) -> Result<Vec<PathBuf>, HypervisorError>;
+
+    /// The VM's user checkpoints, as `at` (a recovery checkpoint) follows them. An empty answer is allowed: this hypervisor
+    /// then has none that it could restore.
+    async fn user_checkpoints(
+        &self,
+        _vm: VmGuid,
+        _at: &Checkpoint,
+    ) -> Result<UserCheckpoints, HypervisorError> {
+        Ok(UserCheckpoints::default())
+    }
+
+    /// vTPM and shielding at a checkpoint.
+    async fn security(
+        &self,
+        _checkpoint: &Checkpoint,
+    ) -> Result<Option<Security>, HypervisorError> {
+        Ok(None)
+    }
 
     /// What the VM was at a checkpoint besides its disks. An empty answer is allowed: restores then plan with less.
     async fn machine(&self, _checkpoint: &Checkpoint) -> Result<Machine, HypervisorError> {

@@ -7,7 +7,9 @@
 //! | `checkpoint` | prechecks, the duty, the checkpoint and its name |
 //! | `base` | the base rule: what an incremental may start from (pure) |
 //! | `capture` | disks, changes, configuration: what the pipeline is fed with |
+//! | `config` | configuration sets of checkpoints, saved states included |
 //! | `exclude` | page files that the policy leaves out |
+//! | `layers` | the checkpoints that administrators made, as layers of the disks |
 //! | `carry` | what of a lost checkpoint goes over to a new one (pure, but for the questions) |
 //! | `commit` | manifest, root record, the proposal |
 //! | `handover` | convert, bind, remove the older reference point |
@@ -20,9 +22,11 @@ mod capture;
 mod carry;
 mod checkpoint;
 mod commit;
+mod config;
 mod error;
 mod exclude;
 mod handover;
+mod layers;
 mod leftovers;
 
 use std::path::PathBuf;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use outrider_proto::frame::Space;
 use outrider_proto::ids::{CheckpointId, ChunkId, JobId, LeaseEpoch};
-use outrider_proto::journal::{JournalClear, JournalEntry, JournalStart};
+use outrider_proto::journal::{JournalClear, JournalEntry, JournalLayer, JournalStart};
 use outrider_proto::seal::Sealer;
 
 use crate::store::{JobStore, StoreError};
@@ -32,6 +32,8 @@ pub enum JournalError {
 pub struct Adopted {
     /// What is read, and against which base.
     pub start: JournalStart,
+    /// Layers of user checkpoints that were begun; their leaves are numbered behind the disks of the start.
+    pub layers: Vec<JournalLayer>,
     /// Leaf pages by (disk, leaf).
     pub leaves: HashMap<(usize, u64), ChunkId>,
     /// Manifest of a commit that was about to happen.
@@ -93,6 +95,7 @@ impl Journal {
                 (JournalEntry::Start(start), _) if start.checkpoint == checkpoint => {
                     found = Some(Adopted {
                         start: start.clone(),
+                        layers: Vec::new(),
                         leaves: HashMap::new(),
                         manifest: None,
                         before_conversion: None,
@@ -102,6 +105,9 @@ impl Journal {
                     for (disk, leaf, page) in leaves {
                         adopted.leaves.insert((*disk as usize, *leaf), *page);
                     }
+                }
+                (JournalEntry::Layers(layers), Some(adopted)) => {
+                    adopted.layers.extend(layers.iter().cloned());
                 }
                 (JournalEntry::Committing { manifest }, Some(adopted)) => {
                     adopted.manifest = Some(*manifest);

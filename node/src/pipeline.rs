@@ -142,6 +142,8 @@ pub struct Pipeline {
     disks: Vec<DiskJob>,
     parents: Vec<tokio::sync::Mutex<ParentTree>>,
     journal: Option<SharedJournal>,
+    /// The number of each disk in the journal.
+    numbers: Vec<u32>,
     /// Leaves of an earlier attempt on this checkpoint, as its journal tells.
     journalled: HashMap<LeafKey, ChunkId>,
     /// Whether an earlier attempt has read from this checkpoint.
@@ -192,6 +194,7 @@ impl Pipeline {
                 ))
             })
             .collect();
+        let numbers = (0..).take(disks.len()).collect();
         let state = State { leaves: vec![BTreeMap::new(); disks.len()], ..State::default() };
         Self {
             store,
@@ -204,6 +207,7 @@ impl Pipeline {
             disks,
             parents,
             journal: None,
+            numbers,
             journalled: HashMap::new(),
             resumed: false,
             state: Mutex::new(state),
@@ -219,6 +223,13 @@ impl Pipeline {
     ) -> Self {
         self.journal = Some(journal);
         self.journalled = journalled;
+        self
+    }
+
+    /// Journals the disks under these numbers instead of 0, 1, ...: one for each disk.
+    #[must_use]
+    pub fn numbered(mut self, numbers: Vec<u32>) -> Self {
+        self.numbers = numbers;
         self
     }
 

@@ -3,6 +3,7 @@
 //! | file | idea |
 //! | --- | --- |
 //! | `disk` | a tree of chunks into a sparse disk file, every chunk checked against its id |
+//! | `files` | which disk files there will be, and which are children of which (pure) |
 //! | `plan` | what speaks against it on this host, before anything is written (pure) |
 //! | `target` | where a restored VM goes, and what is in its way |
 //! | `make` | the steps of a restore |
@@ -12,6 +13,7 @@
 
 mod boot;
 mod disk;
+mod files;
 mod make;
 mod plan;
 mod swap;
@@ -21,13 +23,14 @@ mod trail;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use outrider_proto::ids::{ChunkId, VmGuid, VmKey, VmRole};
+use outrider_disk::DiskError;
+use outrider_proto::ids::{CheckpointId, ChunkId, VmGuid, VmKey, VmRole};
 use outrider_proto::manifest::{ConfigFile, DiskManifest, Manifest};
 use outrider_proto::model::parse;
 use outrider_proto::rpc;
 use outrider_proto::seal::Sealer;
 
-pub use disk::{NewDisk, RestoreError, image_extension, new_image};
+pub use disk::{NewDisk, RestoreError, image_extension, new_child, new_image};
 
 use crate::hypervisor::Inventory;
 use crate::job::{JobContext, JobError, Outcome};
@@ -37,6 +40,7 @@ use crate::store::JobStore;
 /// Folders of a restored VM.
 const DISKS: &str = "Virtual Hard Disks";
 const DEFINITION: &str = "Virtual Machines";
+const CHECKPOINTS: &str = "Snapshots";
 
 /// Where chunks come from and what works on them.
 #[derive(Clone)]
@@ -86,6 +90,56 @@ pub async fn export_disks(
     Ok(written)
 }
 
+/// A disk file of [`export_tree`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TreeFile {
+    /// The file.
+    pub path: PathBuf,
+    /// The checkpoint whose frozen disk it is; none: the disk at the point itself.
+    pub checkpoint: Option<CheckpointId>,
+    /// Slot of the disk.
+    pub slot: String,
+}
+
+/// As [`export_disks`], with a differencing disk for each checkpoint over the one that it follows; parents first. They go
+/// into the folder `Virtual Hard Disks` of `dir`.
+///
+/// # Errors
+/// [`RestoreError`].
+pub async fn export_tree(
+    reader: &Reader,
+    manifest: &Manifest,
+    dir: &Path,
+) -> Result<Vec<TreeFile>, RestoreError> {
+    let files = files::with_checkpoints(manifest, image_extension);
+    let paths = files::paths(&files, dir);
+    let made = |source| DiskError::Io { path: dir.to_owned(), op: "make the folder", source };
+    std::fs::create_dir_all(dir.join(DISKS)).map_err(made)?;
+    for (at, (file, path)) in files.iter().zip(&paths).enumerate() {
+        let parent = file.over.map(|over| paths[over].clone());
+        let below = file.over.and_then(|over| files[over].disk.layers.last()).map(|l| l.root);
+        let create = {
+            let (path, like) = (path.clone(), file.disk.clone());
+            move || match parent {
+                Some(parent) => new_child(&path, &parent),
+                None => new_image(&path, &like, true),
+            }
+        };
+        let written =
+            disk::write(reader, &file.disk, below, manifest.chunk_size, path, create).await;
+        if let Err(e) = written {
+            paths.iter().take(at).for_each(|path| remove_file(path));
+            return Err(e);
+        }
+    }
+    let of = |(file, path): (&files::DiskFile, PathBuf)| TreeFile {
+        path,
+        checkpoint: file.checkpoint,
+        slot: file.slot.clone(),
+    };
+    Ok(files.iter().zip(paths).map(of).collect())
+}
+
 /// Writes one disk of a recovery point as a new file of the original's format, block size and sectors; gives the bytes
 /// written. A half-written file is removed.
 ///
@@ -98,7 +152,8 @@ pub async fn export_disk(
     path: &Path,
 ) -> Result<u64, RestoreError> {
     let (file, like) = (path.to_owned(), disk.clone());
-    disk::write(reader, disk, chunk_size, path, move || new_image(&file, &like, true)).await
+    let create = move || new_image(&file, &like, true);
+    disk::write(reader, disk, None, chunk_size, path, create).await
 }
 
 /// The file name without any folder that a manifest might hold.
@@ -190,6 +245,10 @@ async fn restore_vm(
         ))
         .into());
     }
+    let manifest = match work.checkpoint.as_str() {
+        "" => manifest,
+        wanted => manifest.at(wanted).map_err(|e| JobError::Unfit(e.to_string()))?,
+    };
     context.phase("planning");
     let facts = context.hypervisor.host_facts().await?;
     warnings.extend(plan::check(&manifest, work, &facts, &context.host)?);
@@ -243,17 +302,38 @@ async fn not_elsewhere(
     }
 }
 
-async fn config_bytes(reader: &Reader, file: &ConfigFile) -> Result<Vec<u8>, RestoreError> {
-    let mut bytes = Vec::new();
-    for id in &file.chunks {
+/// Writes a configuration file, chunk by chunk: with a saved state it is as large as the VM's memory.
+async fn write_config_file(
+    reader: &Reader,
+    file: &ConfigFile,
+    chunk_size: u32,
+    path: &Path,
+) -> Result<(), JobError> {
+    let failed = || RestoreError::Configuration { name: file.name.clone() };
+    if file.chunks.len() as u64 != file.size.div_ceil(chunk_size.into()) {
+        return Err(failed().into());
+    }
+    let target = std::fs::File::create(path).map_err(JobError::file("create", path))?;
+    target.set_len(file.size).map_err(JobError::file("write", path))?;
+    let target = Arc::new(target);
+    for (at, id) in (0_u64..).zip(&file.chunks) {
+        let offset = at * u64::from(chunk_size);
+        // A hole is zeros, as the file is already.
         if id.is_hole() {
-            return Err(RestoreError::Configuration { name: file.name.clone() });
+            continue;
         }
-        bytes.extend_from_slice(&disk::open_chunk(reader, *id).await?);
+        let bytes = disk::open_chunk(reader, *id).await?;
+        if bytes.len() as u64 != (file.size - offset).min(chunk_size.into()) {
+            return Err(failed().into());
+        }
+        let target = target.clone();
+        let write = move || {
+            use std::io::{Seek, SeekFrom, Write};
+            let mut target = &*target;
+            target.seek(SeekFrom::Start(offset))?;
+            target.write_all(&bytes)
+        };
+        reader.pool.run(write).await?.map_err(JobError::file("write", path))?;
     }
-    if bytes.len() as u64 == file.size {
-        Ok(bytes)
-    } else {
-        Err(RestoreError::Configuration { name: file.name.clone() })
-    }
+    Ok(())
 }

@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use outrider_disk::block_file::ByteSource;
-use outrider_disk::{DiskChain, DiskError, DiskInfo, RangeSet, ReadDisk};
+use outrider_disk::{DiskChain, DiskError, DiskInfo, Layer, RangeSet, ReadDisk, ReadLayer};
+use outrider_proto::journal::FileStamp;
 use outrider_wmi::files::{HostFile, HostFiles};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
+use uuid::Uuid;
 
 use crate::hypervisor::Hypervisor;
 
@@ -20,12 +22,45 @@ use crate::hypervisor::Hypervisor;
 pub trait FrozenSource: ReadDisk {
     /// The files that it is made of, leaf first; the last one names the disk.
     fn files(&self) -> Vec<PathBuf>;
+
+    /// What tells whether each of [`FrozenSource::files`] was written to, in their order.
+    fn stamps(&self) -> Vec<FileStamp> {
+        let silent =
+            |file: PathBuf| FileStamp { name: name_of(&file), written: Uuid::nil(), sequence: 0 };
+        self.files().into_iter().map(silent).collect()
+    }
+
+    /// The ranges that the first `count` files decide; outside of them the disk is what the other files show. All of it
+    /// where that cannot be told.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn decided(&self, _count: usize) -> Result<RangeSet, DiskError> {
+        Ok(RangeSet::single(0, self.info().size))
+    }
 }
 
 impl FrozenSource for DiskChain {
     fn files(&self) -> Vec<PathBuf> {
         DiskChain::files(self)
     }
+
+    fn stamps(&self) -> Vec<FileStamp> {
+        let stamp = |layer: &Layer| FileStamp {
+            name: name_of(layer.path()),
+            written: layer.info().data_write_guid,
+            sequence: layer.header_sequence().unwrap_or(0),
+        };
+        self.layers().map(stamp).collect()
+    }
+
+    fn decided(&self, count: usize) -> Result<RangeSet, DiskError> {
+        DiskChain::decided(self, count)
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// Opens a disk with its parents through the files of a host. Blocks.
@@ -92,6 +127,15 @@ impl Sources {
         Ok(bytes)
     }
 
+    /// Reads a part of a file. Blocks.
+    ///
+    /// # Errors
+    /// I/O errors; [`io::ErrorKind::UnexpectedEof`] behind its end.
+    pub fn read_part(&self, path: &Path, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let _open = self.open.token();
+        read_exact(&*self.hypervisor.files().open_read(path)?, offset, buf)
+    }
+
     /// Waits until everything opened here is closed. The holders have to let go by themselves.
     ///
     /// # Cancel safety
@@ -122,6 +166,20 @@ impl SourceDisk {
     #[must_use]
     pub fn files(&self) -> Vec<PathBuf> {
         self.disk.files()
+    }
+
+    /// As [`FrozenSource::stamps`].
+    #[must_use]
+    pub fn stamps(&self) -> Vec<FileStamp> {
+        self.disk.stamps()
+    }
+
+    /// As [`FrozenSource::decided`].
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn decided(&self, count: usize) -> Result<RangeSet, DiskError> {
+        self.disk.decided(count)
     }
 }
 

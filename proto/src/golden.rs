@@ -13,10 +13,12 @@ use crate::ids::{
     NodeIncarnation, PgId, PointId, SessionId, VmGuid, VmIncarnation, VmKey, VmRole, Window,
     WriterId,
 };
-use crate::journal::{JournalClear, JournalDisk, JournalEntry, JournalStart};
+use crate::journal::{
+    FileStamp, JournalClear, JournalDisk, JournalEntry, JournalLayer, JournalStart,
+};
 use crate::manifest::{
-    ClusterGroup, ConfigFile, DiskManifest, FrozenLayer, Guardian, Image, ImageFormat, Layer,
-    Machine, Manifest, Nic, SavedCheckpoint, Security, Switch, Tree,
+    CheckpointFacts, ClusterGroup, ConfigFile, DiskManifest, FormerDisk, FrozenLayer, Guardian,
+    Image, ImageFormat, Layer, Machine, Manifest, Nic, SavedCheckpoint, Security, Switch, Tree,
 };
 use crate::page::Links;
 use crate::receipt::{NamedReceipt, PgReceipt, Receipt};
@@ -146,6 +148,7 @@ fn manifest_with_sections() -> Manifest {
                 size: 9,
                 chunks: vec![ChunkId([10; 32])],
             }],
+            facts: CheckpointFacts::default(),
         }],
         current: Some(checkpoint),
         layers: vec![vec![FrozenLayer {
@@ -153,8 +156,49 @@ fn manifest_with_sections() -> Manifest {
             file_name: "os.vhdx".into(),
             written: vec![uuid::Uuid::from_bytes([11; 16])],
         }]],
+        former: vec![],
     };
     manifest.disks[0].layers.insert(0, Layer { root_level: 2, root: ChunkId([12; 32]) });
+    manifest
+}
+
+/// A manifest with a branched checkpoint tree, its facts, and a disk that only a checkpoint has.
+fn manifest_with_tree() -> Manifest {
+    let mut manifest = manifest_with_sections();
+    let first = manifest.tree.checkpoints[0].id;
+    let branch = CheckpointId::from_bytes([13; 16]);
+    manifest.tree.checkpoints[0].facts = CheckpointFacts {
+        notes: "데이터".into(),
+        created_unix_ms: 1_600_000_000_000,
+        saved_state: true,
+        automatic: false,
+        security: manifest.machine.security.clone(),
+    };
+    manifest.tree.checkpoints.push(SavedCheckpoint {
+        id: branch,
+        parent: Some(first),
+        name: "branch".into(),
+        config: vec![],
+        facts: CheckpointFacts::default(),
+    });
+    let layer = |checkpoint, name: &str| FrozenLayer {
+        checkpoint,
+        file_name: name.into(),
+        written: vec![uuid::Uuid::from_bytes([14; 16]), uuid::Uuid::from_bytes([11; 16])],
+    };
+    manifest.tree.layers[0].push(layer(branch, "os_1.avhdx"));
+    manifest.disks[0].layers.insert(1, Layer { root_level: 2, root: ChunkId([15; 32]) });
+    manifest.tree.former.push(FormerDisk {
+        disk: DiskManifest {
+            slot: "0/5".into(),
+            file_name: "old.vhd".into(),
+            layers: vec![Layer { root_level: 2, root: ChunkId([16; 32]) }],
+            excluded: vec![],
+            format: ImageFormat::Vhd,
+            ..manifest.disks[0].clone()
+        },
+        layers: vec![layer(branch, "old.vhd")],
+    });
     manifest
 }
 
@@ -243,6 +287,71 @@ fn golden_manifests_of_other_disk_formats_open_to_the_same_bytes_for_ever() {
 }
 
 #[test]
+fn golden_manifests_with_checkpoint_trees_open_to_the_same_bytes_for_ever() {
+    let sealer = sealer();
+    let with_former = manifest_with_tree();
+    let mut without = with_former.clone();
+    without.tree.former.clear();
+    let samples = [("manifest-tree", without), ("manifest-tree-former", with_former)];
+    let samples: Vec<(String, Vec<u8>)> = samples
+        .map(|(name, manifest)| {
+            let sealed = manifest.seal(&sealer).expect("seals");
+            assert_eq!(Manifest::open(&sealer, &sealed).expect("opens"), manifest);
+            (name.to_owned(), sealer.open(&sealed).expect("opens"))
+        })
+        .to_vec();
+    assert_eq!((samples[0].1[0], samples[1].1[0]), (2, 3), "older releases read what they can");
+    compare("manifests-v3-trees.txt", &samples);
+}
+
+#[test]
+fn a_point_shows_itself_as_of_a_checkpoint() {
+    let manifest = manifest_with_tree();
+    let tree = &manifest.tree;
+    assert_eq!(tree.parent_of(&tree.layers[0], 1), Some(0), "the branch follows the first");
+    assert_eq!(tree.layer_at(&tree.former[0].layers, tree.current), None, "it has no such disk");
+    let first = manifest.at("before the upgrade").expect("it is held");
+    assert_eq!(first.disks.len(), 1);
+    assert_eq!(first.disks[0].layers, [Layer { root_level: 2, root: ChunkId([12; 32]) }]);
+    assert_eq!(first.config[0].name, "cp.vmcx");
+    assert!(first.machine.saved_state && first.machine.security.is_some());
+    let branch = manifest.at(&tree.checkpoints[1].id.to_string()).expect("by its GUID");
+    let names: Vec<_> = branch.disks.iter().map(|d| d.file_name.as_str()).collect();
+    assert_eq!(names, ["os.vhdx", "old.vhd"]);
+    assert!(!branch.machine.saved_state && branch.machine.security.is_none());
+    let unknown = manifest.at("nothing").expect_err("no such checkpoint").to_string();
+    assert!(unknown.contains("before the upgrade") && unknown.contains("branch"), "{unknown}");
+    let mut twins = manifest.clone();
+    twins.tree.checkpoints[1].name = "before the upgrade".into();
+    twins.at("before the upgrade").expect_err("which one?");
+}
+
+#[test]
+fn trees_that_do_not_fit_their_disks_are_refused() {
+    let sealer = sealer();
+    type Spoil = fn(&mut Manifest);
+    let odd: [(&str, Spoil); 5] = [
+        ("two layers of one checkpoint", |m| {
+            m.tree.layers[0][1].checkpoint = m.tree.layers[0][0].checkpoint;
+        }),
+        ("a former disk without its layer", |m| m.tree.former[0].layers.clear()),
+        ("a former disk of no checkpoint", |m| {
+            m.tree.former[0].layers[0].checkpoint = CheckpointId::from_bytes([99; 16]);
+        }),
+        ("a former disk's tree of another height", |m| {
+            m.tree.former[0].disk.layers[0].root_level = 1;
+        }),
+        ("a child before its parent", |m| m.tree.checkpoints.swap(0, 1)),
+    ];
+    for (what, spoil) in odd {
+        let mut manifest = manifest_with_tree();
+        spoil(&mut manifest);
+        let sealed = manifest.seal(&sealer).expect("seals");
+        assert!(Manifest::open(&sealer, &sealed).is_err(), "{what}");
+    }
+}
+
+#[test]
 fn formats_that_are_unknown_or_of_too_many_disks_are_refused() {
     let sealer = sealer();
     let manifest = manifest();
@@ -296,6 +405,28 @@ fn golden_journals_with_excluded_ranges_open_to_the_same_bytes_for_ever() {
     }
     let odd = entry.seal(&sealer, &clear).expect("seals");
     JournalEntry::open(&sealer, &odd).expect_err("two lists for one disk");
+}
+
+#[test]
+fn golden_journals_with_layers_open_to_the_same_bytes_for_ever() {
+    let sealer = sealer();
+    let (clear, _) = journal();
+    let stamp = |n: u8| FileStamp {
+        name: format!("os_{n}.avhdx"),
+        written: uuid::Uuid::from_bytes([n; 16]),
+        sequence: 300,
+    };
+    let entry = JournalEntry::Layers(vec![JournalLayer {
+        checkpoint: CheckpointId::from_bytes([9; 16]),
+        disk_id: DiskId::from_bytes([7; 16]),
+        slot: "0/0".into(),
+        size: 1 << 30,
+        files: vec![stamp(2), stamp(1)],
+    }]);
+    let sealed = entry.seal(&sealer, &clear).expect("seals");
+    let body = sealer.open(&sealed).expect("opens");
+    assert_eq!(JournalEntry::open(&sealer, &sealed).expect("opens"), (clear, entry));
+    compare("journal-v3.txt", &[("journal-layers".to_owned(), body)]);
 }
 
 #[test]

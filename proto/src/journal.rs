@@ -17,6 +17,9 @@ pub const JOURNAL_VERSION: u16 = 1;
 /// Version of a [`JournalStart`] with [`JournalStart::excluded`] behind it. A release that does not know it takes the journal
 /// for not begun and starts over, as it must.
 const VERSION_WITH_EXCLUDED: u16 = 2;
+/// Version of a [`JournalEntry::Layers`]. A release that does not know it skips the entry, and the leaves that only it
+/// gives a meaning to: it reads the checkpoints again, or keeps none.
+const VERSION_OF_LAYERS: u16 = 3;
 
 /// One entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +41,43 @@ pub enum JournalEntry {
         /// The one that was bound; empty: none. To be removed once the new one is bound.
         bound: String,
     },
+    /// Layers of user checkpoints that are about to be read. Their leaves are journalled under the numbers that follow those
+    /// of the disks of the start and of earlier such entries.
+    Layers(Vec<JournalLayer>),
+}
+
+/// A layer of a user checkpoint: a disk that it froze.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalLayer {
+    /// The user checkpoint.
+    pub checkpoint: CheckpointId,
+    /// VirtualDiskId.
+    pub disk_id: DiskId,
+    /// Slot.
+    pub slot: String,
+    /// Size, bytes.
+    pub size: u64,
+    /// The files of the frozen chain as they were, leaf first; leaves are taken over only while they are the same.
+    pub files: Vec<FileStamp>,
+}
+
+/// What tells whether a file of a frozen chain was written to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileStamp {
+    /// File name without folders.
+    pub name: String,
+    /// DataWriteGuid; nil when the file does not tell.
+    pub written: uuid::Uuid,
+    /// Sequence number of the header in force, which grows whenever anything of the file is written; 0: not told.
+    pub sequence: u64,
+}
+
+impl FileStamp {
+    /// Whether the file tells at all whether it was written to.
+    #[must_use]
+    pub fn tells(&self) -> bool {
+        !self.written.is_nil() && self.sequence != 0
+    }
 }
 
 /// What the first entry holds.
@@ -159,7 +199,11 @@ impl JournalEntry {
             _ => None,
         };
         let mut body = Vec::new();
-        body.put_u16(if excluded.is_some() { VERSION_WITH_EXCLUDED } else { JOURNAL_VERSION });
+        body.put_u16(match (self, excluded) {
+            (Self::Layers(_), _) => VERSION_OF_LAYERS,
+            (_, Some(_)) => VERSION_WITH_EXCLUDED,
+            (_, None) => JOURNAL_VERSION,
+        });
         let mut body = postcard::to_extend(self, body).map_err(failed)?;
         if let Some(excluded) = excluded {
             body = postcard::to_extend(excluded, body).map_err(failed)?;
@@ -177,7 +221,7 @@ impl JournalEntry {
         let plain = sealer.open(record).map_err(JournalError::Seal)?;
         let mut r = Reader::new("journal body", &plain);
         let version = r.u16().map_err(|e| JournalError::Body(e.to_string()))?;
-        if !(JOURNAL_VERSION..=VERSION_WITH_EXCLUDED).contains(&version) {
+        if !(JOURNAL_VERSION..=VERSION_OF_LAYERS).contains(&version) {
             return Err(JournalError::Body(format!("version {version}")));
         }
         let failed = |e: postcard::Error| JournalError::Body(e.to_string());
@@ -190,6 +234,7 @@ impl JournalEntry {
                     return Err(JournalError::Body("excluded ranges of other disks".into()));
                 }
             }
+            Self::Layers(_) if version == VERSION_OF_LAYERS && rest.is_empty() => {}
             _ if !rest.is_empty() || version != JOURNAL_VERSION => {
                 return Err(JournalError::Body("trailing bytes".into()));
             }

@@ -4,13 +4,16 @@
 //! sealed bytes are a version (16 bits), the [`Manifest`] in postcard encoding and, from version 2 on, sections by number,
 //! of which a reader skips those that it does not know (docs/formats.md lists them).
 
+mod at;
 mod format;
 mod machine;
+mod sections;
 mod tree;
 
+pub use at::AtError;
 pub use format::{ImageFormat, UnknownFormat};
 pub use machine::{ClusterGroup, Guardian, Image, Machine, Nic, Security, Switch};
-pub use tree::{FrozenLayer, SavedCheckpoint, Tree};
+pub use tree::{CheckpointFacts, FormerDisk, FrozenLayer, SavedCheckpoint, Tree};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,16 +23,13 @@ use crate::record::{Kind, Record};
 use crate::seal::{SealError, Sealer};
 use crate::wire::{DecodeError, Put, Reader};
 
-/// Version of the sealed body that is written.
+/// Version of the sealed body that is written as a rule.
 pub const MANIFEST_VERSION: u16 = 2;
 /// The version without sections.
 const FIRST_VERSION: u16 = 1;
-/// Sections that a manifest may have.
-const MAX_SECTIONS: usize = 64;
-/// Numbers of the sections.
-const SECTION_MACHINE: u16 = 1;
-const SECTION_TREE: u16 = 2;
-const SECTION_FORMATS: u16 = 3;
+/// The version with [`Tree::former`] disks: their trees are among the links in clear, so that a release which skipped
+/// their section would call the manifest damaged.
+const VERSION_WITH_FORMER: u16 = 3;
 
 /// What a recovery point is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,8 +98,8 @@ pub struct DiskManifest {
     pub block_size: u32,
     /// Whether the image was fixed.
     pub fixed: bool,
-    /// The disk at each checkpoint of [`Manifest::tree`], ancestors first, and last the disk at the point itself. Each
-    /// layer is the whole disk at that moment: unchanged pages are shared, so that it costs what differs.
+    /// The disk at each checkpoint of [`Manifest::tree`] that has it, ancestors first, and last the disk at the point
+    /// itself. Each layer is the whole disk at that moment: unchanged pages are shared, so that it costs what differs.
     pub layers: Vec<Layer>,
     /// Ranges that the policy left out, as (offset, length): restored as zeros, masked in comparisons.
     pub excluded: Vec<(u64, u64)>,
@@ -109,7 +109,7 @@ pub struct DiskManifest {
 }
 
 /// One layer's tree.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
     /// Level of the root page.
     pub root_level: u8,
@@ -136,31 +136,18 @@ pub enum ManifestError {
     },
 }
 
-/// Why the sections behind a manifest's first part cannot be read.
-#[derive(Debug, thiserror::Error)]
-enum SectionError {
-    #[error(transparent)]
-    List(#[from] postcard::Error),
-    #[error("{0} sections")]
-    TooMany(usize),
-    #[error("section {number}: {source}")]
-    Content { number: u16, source: postcard::Error },
-    #[error("section {number}: {found} formats")]
-    Formats { number: u16, found: usize },
-    #[error(transparent)]
-    Format(#[from] UnknownFormat),
-}
-
 impl Manifest {
     /// The links that storage nodes see.
     #[must_use]
     pub fn links(&self) -> Links {
         let of_checkpoints = self.tree.checkpoints.iter().flat_map(|c| &c.config);
+        let former = self.tree.former.iter().map(|f| &f.disk);
         let config = self.config.iter().chain(of_checkpoints).flat_map(|f| &f.chunks);
         let config = config.map(|&id| Link { level: 0, id });
         let trees = self
             .disks
             .iter()
+            .chain(former)
             .flat_map(|d| &d.layers)
             .map(|l| Link { level: l.root_level, id: l.root });
         Links::Manifest(config.chain(trees).filter(|l| !l.id.is_hole()).collect())
@@ -173,11 +160,12 @@ impl Manifest {
     pub fn seal(&self, sealer: &Sealer) -> Result<Record, ManifestError> {
         let clear = self.links().encode();
         let mut body = Vec::new();
-        body.put_u16(MANIFEST_VERSION);
+        let former = !self.tree.former.is_empty();
+        body.put_u16(if former { VERSION_WITH_FORMER } else { MANIFEST_VERSION });
         let failed =
             |e: postcard::Error| ManifestError::Body { id: ChunkId::HOLE, detail: e.to_string() };
         let body = postcard::to_extend(self, body).map_err(failed)?;
-        let sections = self.sections().map_err(failed)?;
+        let sections = sections::of(self).map_err(failed)?;
         let body = postcard::to_extend(&sections, body).map_err(failed)?;
         let id = sealer.id_of(Kind::Page, &clear, &body);
         sealer.seal(Kind::Page, id, &clear, &body).map_err(|e| ManifestError::Seal(id, e))
@@ -193,22 +181,23 @@ impl Manifest {
         let body = |detail: String| ManifestError::Body { id, detail };
         let mut r = Reader::new("manifest body", &plain);
         let version = r.u16().map_err(|e| body(e.to_string()))?;
-        if !(FIRST_VERSION..=MANIFEST_VERSION).contains(&version) {
+        if !(FIRST_VERSION..=VERSION_WITH_FORMER).contains(&version) {
             return Err(body(format!(
-                "version {version}, this release reads 1 to {MANIFEST_VERSION}: upgrade"
+                "version {version}, this release reads 1 to {VERSION_WITH_FORMER}: upgrade"
             )));
         }
         let (mut manifest, rest): (Self, &[u8]) =
             postcard::take_from_bytes(r.rest()).map_err(|e| body(e.to_string()))?;
         if version > FIRST_VERSION {
-            manifest.read_sections(rest).map_err(|e| body(e.to_string()))?;
+            sections::read(&mut manifest, rest).map_err(|e| body(e.to_string()))?;
         }
         if !manifest.chunk_size.is_power_of_two()
             || !(64 << 10..=4 << 20).contains(&manifest.chunk_size)
         {
             return Err(body(format!("chunk size {}", manifest.chunk_size)));
         }
-        for disk in &manifest.disks {
+        let former = manifest.tree.former.iter().map(|f| &f.disk);
+        for disk in manifest.disks.iter().chain(former) {
             let expected = root_level(disk.size, manifest.chunk_size);
             if disk.size > 64 << 40 || disk.layers.is_empty() {
                 return Err(body(format!("disk {} of {} bytes", disk.slot, disk.size)));
@@ -223,48 +212,5 @@ impl Manifest {
             return Err(body("links in clear differ from the sealed trees".into()));
         }
         Ok(manifest)
-    }
-
-    fn sections(&self) -> Result<Vec<(u16, Vec<u8>)>, postcard::Error> {
-        let mut sections = Vec::new();
-        if self.machine != Machine::default() {
-            sections.push((SECTION_MACHINE, postcard::to_stdvec(&self.machine)?));
-        }
-        if self.tree != Tree::default() {
-            sections.push((SECTION_TREE, postcard::to_stdvec(&self.tree)?));
-        }
-        if self.disks.iter().any(|d| d.format != ImageFormat::default()) {
-            let formats: Vec<u8> = self.disks.iter().map(|d| d.format as u8).collect();
-            sections.push((SECTION_FORMATS, postcard::to_stdvec(&formats)?));
-        }
-        Ok(sections)
-    }
-
-    fn read_sections(&mut self, bytes: &[u8]) -> Result<(), SectionError> {
-        let sections: Vec<(u16, Vec<u8>)> = postcard::from_bytes(bytes)?;
-        if sections.len() > MAX_SECTIONS {
-            return Err(SectionError::TooMany(sections.len()));
-        }
-        for (number, content) in sections {
-            let failed = |source| SectionError::Content { number, source };
-            match number {
-                SECTION_MACHINE => {
-                    self.machine = postcard::from_bytes(&content).map_err(failed)?;
-                }
-                SECTION_TREE => self.tree = postcard::from_bytes(&content).map_err(failed)?,
-                SECTION_FORMATS => {
-                    let formats: Vec<u8> = postcard::from_bytes(&content).map_err(failed)?;
-                    if formats.len() != self.disks.len() {
-                        return Err(SectionError::Formats { number, found: formats.len() });
-                    }
-                    for (disk, format) in self.disks.iter_mut().zip(formats) {
-                        disk.format = format.try_into()?;
-                    }
-                }
-                // Of a later release, and nothing that this one needs.
-                _ => {}
-            }
-        }
-        Ok(())
     }
 }

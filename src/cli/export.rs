@@ -9,7 +9,7 @@ use serde_json::json;
 use super::Done;
 use super::connect::Connection;
 use crate::output;
-use crate::roles::export_disks;
+use crate::roles::{What, export_disks};
 
 #[derive(Debug, ClapArgs)]
 pub(super) struct Args {
@@ -19,13 +19,24 @@ pub(super) struct Args {
     /// A folder for the VHDX files; nothing in it is overwritten
     #[arg(long)]
     to: PathBuf,
+    /// The disks as they were at this checkpoint of the point (name or GUID)
+    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "with_checkpoints")]
+    checkpoint: Option<String>,
+    /// A differencing disk for each checkpoint, too, over the one that it follows
+    #[arg(long)]
+    with_checkpoints: bool,
     #[command(flatten)]
     connection: Connection,
 }
 
 pub(super) async fn run(args: Args, json: bool) -> Done {
     let operator = args.connection.open()?;
-    let files = Box::pin(export_disks(&operator, &args.point, &args.to)).await?;
+    let what = match &args.checkpoint {
+        Some(checkpoint) => What::Checkpoint(checkpoint),
+        None if args.with_checkpoints => What::Tree,
+        None => What::Point,
+    };
+    let files = Box::pin(export_disks(&operator, &args.point, what, &args.to)).await?;
     if json {
         output::json(&json!({ "ok": true, "point_id": args.point, "files": files }));
     } else {

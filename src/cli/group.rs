@@ -76,6 +76,17 @@ pub(super) struct PolicyArgs {
     /// the next run
     #[arg(long, value_parser = super::duration, value_name = "TIME")]
     check_within: Option<Duration>,
+    /// What points keep of checkpoints that administrators made: each of them (tree, the default), or
+    /// only what they add up to (flat)
+    #[arg(long, value_name = "HOW")]
+    checkpoints: Option<Checkpoints>,
+}
+
+/// What points keep of user checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Checkpoints {
+    Tree,
+    Flat,
 }
 
 /// Consistency levels that can be asked for.
@@ -121,6 +132,8 @@ impl PolicyArgs {
         set(&mut policy.require_all_disks, self.require_all_disks);
         set(&mut policy.no_change_tracking, self.no_change_tracking);
         set(&mut policy.skip_page_files, self.skip_page_files);
+        let flat = self.checkpoints.map(|how| how == Checkpoints::Flat);
+        set(&mut policy.flat_checkpoints, flat);
     }
 }
 

@@ -41,9 +41,12 @@ pub(super) struct Args {
     /// Throw a saved state away that another host could not resume
     #[arg(long)]
     discard_saved_state: bool,
-    /// Restore the checkpoints, too; without it the VM comes back flat
+    /// Restore the checkpoints that the point holds, too; without it the VM comes back flat
     #[arg(long)]
     with_checkpoints: bool,
+    /// Restore the VM as it was at this checkpoint of the point (name or GUID)
+    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "with_checkpoints")]
+    checkpoint: Option<String>,
     /// Keep the files of the VM that --overwrite replaces
     #[arg(long, requires = "overwrite")]
     keep_replaced: bool,
@@ -110,6 +113,7 @@ pub(super) async fn run(args: Args, json: bool) -> Done {
         disconnect: args.disconnect,
         discard_saved_state: args.discard_saved_state,
         with_checkpoints: args.with_checkpoints,
+        checkpoint: args.checkpoint.unwrap_or_default(),
         keep_replaced: args.keep_replaced,
         boot_check,
     };

@@ -125,6 +125,7 @@ pub(crate) fn group(g: &rpc::Group) -> Value {
             "allow_offline": p.allow_offline, "no_quiesce": p.no_quiesce, "truncate_logs": p.truncate_logs,
             "no_change_tracking": p.no_change_tracking, "skip_page_files": p.skip_page_files,
             "check_within_ms": p.check_within_ms,
+            "checkpoints": if p.flat_checkpoints { "flat" } else { "tree" },
         })
     });
     json!({

@@ -16,7 +16,7 @@ use super::tell::Tell;
 use crate::cli::job::failure_of;
 use crate::operator::{Follow, Operator, has_ended, has_succeeded};
 use crate::report::Failure;
-use crate::roles::export_disks;
+use crate::roles::{What, export_disks};
 
 /// How long anything may take that does not depend on the size of disks.
 pub(super) const PATIENCE: Duration = Duration::from_secs(90);
@@ -198,12 +198,14 @@ impl Stage {
         to: &Path,
     ) -> Result<Vec<PathBuf>, Failure> {
         let patience = self.patience(self.vms[vm].size());
-        let files =
-            tokio::time::timeout(patience, Box::pin(export_disks(&self.operator, point_id, to)))
-                .await
-                .map_err(|_| {
-                    Failure::new(format!("the export took longer than {} s", patience.as_secs()))
-                })??;
+        let files = tokio::time::timeout(
+            patience,
+            Box::pin(export_disks(&self.operator, point_id, What::Point, to)),
+        )
+        .await
+        .map_err(|_| {
+            Failure::new(format!("the export took longer than {} s", patience.as_secs()))
+        })??;
         let wanted = self.vms[vm].disks.len();
         if files.len() != wanted {
             return Err(Failure::new(format!(

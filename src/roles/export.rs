@@ -23,11 +23,23 @@ const IN_FLIGHT: usize = 32 << 20;
 /// How long connections to storage nodes may take to close.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// What of a recovery point is exported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum What<'a> {
+    /// The disks at the point.
+    Point,
+    /// The disks at a checkpoint of the point, by its name or GUID.
+    Checkpoint(&'a str),
+    /// The disks at the point and at each checkpoint, as differencing disks.
+    Tree,
+}
+
 /// Writes the disks of a recovery point into a folder, which is made if it is missing; gives the files in the order of
 /// the VM's slots.
 pub(crate) async fn export_disks(
     operator: &Operator,
     point: &str,
+    what: What<'_>,
     to: &Path,
 ) -> Result<Vec<PathBuf>, Failure> {
     let access = operator.read_access(point).await?;
@@ -60,7 +72,17 @@ pub(crate) async fn export_disks(
     };
     let result = async {
         let manifest = restore::fetch_manifest(&reader, manifest_id).await?;
-        Ok(restore::export_disks(&reader, &manifest, to).await?)
+        Ok(match what {
+            What::Point => restore::export_disks(&reader, &manifest, to).await?,
+            What::Checkpoint(wanted) => {
+                let then = manifest.at(wanted).map_err(|e| Failure::usage(e.to_string()))?;
+                restore::export_disks(&reader, &then, to).await?
+            }
+            What::Tree => {
+                let files = restore::export_tree(&reader, &manifest, to).await?;
+                files.into_iter().map(|f| f.path).collect()
+            }
+        })
     };
     let result: Result<_, Failure> = Box::pin(result).await;
     drop(reader);

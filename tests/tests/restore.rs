@@ -433,3 +433,111 @@ async fn a_guid_is_not_kept_while_its_vm_runs_on_another_host() {
     assert!(job.reason.contains("alpha"), "it says where: {job:?}");
     assert_eq!(files_of_restores(&fabric), before, "nothing was written");
 }
+
+/// Two checkpoints in branches, with everything that a VM has besides: the VM comes back on another host, and in its own
+/// place, with the same tree; each checkpoint, applied, is what it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_comes_back_with_its_checkpoints_elsewhere_and_in_its_own_place() {
+    let fabric = Fabric::start(Plan::default()).await;
+    fabric.vm(VM, "alpha", 24 * MIB).await;
+    setup(&fabric, VmSetup { tpm: true, group: Some(group()), ..VmSetup::default() }).await;
+    fabric.write(VM, 2 * MIB, 81).await;
+    let first = fabric.lab.user_checkpoint(VM, "first").await.expect("made");
+    fabric.write(VM, MIB, 82).await;
+    let left = fabric.lab.user_checkpoint(VM, "left").await.expect("made");
+    fabric.write(VM, MIB, 83).await;
+    fabric.lab.apply_checkpoint(VM, first).await.expect("applied");
+    fabric.write(VM, MIB, 84).await;
+    let point = fabric.operator.backed_up(VM, BackupKind::Full).await;
+    let kept = point.reasons.join("; ");
+    assert!(kept.contains("\"first\", \"left\""), "the point says what it holds: {kept}");
+    fabric.write(VM, MIB, 85).await;
+    let guardians = HostSetup { guardians_of: vec!["alpha".into()], ..HostSetup::default() };
+    fabric.lab.set_up_host("beta", guardians).await.expect("imported");
+
+    // Elsewhere, under a new GUID: checkpoints get new GUIDs, too.
+    let request =
+        rpc::RestoreRequest { with_checkpoints: true, ..copy_to(&point, "beta", "with tree") };
+    let told = report(&fabric, request).await;
+    assert!(!told.contains("was not restored"), "nothing is taken out: {told}");
+    let copy = fabric.seen("with tree").await;
+    fabric.assert_disks_are(&copy, &point).await;
+    assert_eq!((copy.host.as_str(), copy.enabled_state), ("beta", 2), "it runs: {copy:?}");
+    assert_tree(&fabric, "with tree", &[("first", first), ("left", left)]).await;
+
+    // In place: what it had since is gone, and its checkpoints are those of the point.
+    fabric.lab.user_checkpoint(VM, "later").await.expect("made");
+    let request =
+        rpc::RestoreRequest { with_checkpoints: true, power_on: true, ..in_place(&point) };
+    let told = report(&fabric, request).await;
+    assert!(told.contains("\"later\""), "the lost checkpoint is told: {told}");
+    let after = fabric.seen(VM).await;
+    fabric.assert_disks_are(&after, &point).await;
+    let ids: Vec<_> = after.checkpoints.iter().map(|c| c.id).collect();
+    assert_eq!(ids, [first, left], "with the VM's GUID theirs are kept: {after:?}");
+    assert_tree(&fabric, VM, &[("first", first), ("left", left)]).await;
+    assert_eq!(planned(&fabric).await, []);
+
+    // The restored VM is backed up like any other, its tree included.
+    fabric.settled().await;
+    let again = fabric.operator.backed_up(VM, BackupKind::Incremental).await;
+    assert!(again.reasons.join("; ").contains("checkpoints kept"), "{again:?}");
+    fabric.assert_restores_exactly(&again, "beta").await;
+
+    // And flat, on request or without a word, as ever.
+    report(&fabric, copy_to(&point, "beta", "flat")).await;
+    let flat = fabric.seen("flat").await;
+    fabric.assert_disks_are(&flat, &point).await;
+    assert_eq!((flat.checkpoints.len(), flat.disks[0].chain.len()), (0, 1), "{flat:?}");
+
+    // As of one checkpoint alone: restored, and exported from the command line.
+    let then = rpc::RestoreRequest { checkpoint: "left".into(), ..copy_to(&point, "beta", "then") };
+    report(&fabric, then).await;
+    let then = fabric.seen("then").await;
+    assert_eq!((then.checkpoints.len(), then.enabled_state), (0, 2), "{then:?}");
+    let unknown =
+        rpc::RestoreRequest { checkpoint: "never".into(), ..copy_to(&point, "beta", "never") };
+    let job = restored(&fabric, unknown).await;
+    assert!(job.reason.contains("\"first\", \"left\""), "it says what there is: {job:?}");
+    for (how, files) in [(["--checkpoint", "left"].as_slice(), 1), (&["--with-checkpoints"], 3)] {
+        let to = fabric.dir().join(format!("export {files}"));
+        let to = to.to_string_lossy();
+        let args = ["export", "--json", "--point", point.point_id.as_str(), "--to", &to];
+        let done = fabric.operator.cli(&[args.as_slice(), how].concat());
+        let written = done.json()["files"].as_array().expect("files").clone();
+        assert_eq!((done.code, written.len()), (Some(0), files), "{done:?}");
+        if files == 1 {
+            let file = PathBuf::from(written[0].as_str().expect("a path"));
+            let compared = fabric.lab.compare_disk(&file, left, 0).await.expect("comparable");
+            assert_eq!(compared, outrider_lab::Comparison::Identical);
+        }
+    }
+}
+
+/// The VM has these checkpoints, as the lab recorded the originals; each is applied in turn.
+async fn assert_tree(fabric: &Fabric, vm: &str, expected: &[(&str, uuid::Uuid)]) {
+    let seen = fabric.seen(vm).await;
+    let names: Vec<_> = seen.checkpoints.iter().map(|c| c.name.as_str()).collect();
+    assert_eq!(names, expected.iter().map(|(name, _)| *name).collect::<Vec<_>>(), "{seen:?}");
+    let first = &seen.checkpoints[0];
+    assert_eq!(first.parent, None);
+    assert_eq!(seen.current, Some(first.id), "it follows the one that was applied: {seen:?}");
+    for (now, (name, recorded)) in seen.checkpoints.iter().zip(expected) {
+        assert_eq!(now.notes, format!("why {name:?}"));
+        let parent = if now.id == first.id { None } else { Some(first.id) };
+        assert_eq!(now.parent, parent, "{seen:?}");
+        let file = &now.frozen[0];
+        let compared = fabric.lab.compare_disk(file, *recorded, 0).await.expect("comparable");
+        assert_eq!(compared, outrider_lab::Comparison::Identical, "{name}: {}", file.display());
+    }
+    if vm != VM {
+        let left = seen.checkpoints[1].id;
+        fabric.lab.apply_checkpoint(vm, left).await.expect("applied");
+        let applied = fabric.seen(vm).await;
+        let leaf = applied.disks[0].chain.last().expect("a leaf");
+        assert_eq!(applied.disks[0].chain.len(), 3, "base, left's own, the new one: {applied:?}");
+        fabric.lab.stop_vm(vm).await.expect("off");
+        let compared = fabric.lab.compare_disk(leaf, expected[1].1, 0).await.expect("comparable");
+        assert_eq!(compared, outrider_lab::Comparison::Identical, "applied");
+    }
+}

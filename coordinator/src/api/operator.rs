@@ -331,6 +331,11 @@ impl Operator for OperatorService {
         if !r.new_name.is_empty() {
             names::check_name("VM", &r.new_name).map_err(named)?;
         }
+        if r.with_checkpoints && !r.checkpoint.is_empty() {
+            return Err(Status::invalid_argument(
+                "a VM is restored with its checkpoints, or as it was at one of them: choose one",
+            ));
+        }
         let job = self.read(|state| {
             let point = names::point(state, &r.point_id, &r.vm).map_err(named)?;
             let host = match (&r.to_host, state.vms.get(&point.vm)) {
@@ -355,6 +360,7 @@ impl Operator for OperatorService {
                 disconnect: r.disconnect,
                 discard_saved_state: r.discard_saved_state,
                 with_checkpoints: r.with_checkpoints,
+                checkpoint: r.checkpoint,
                 keep_replaced: r.keep_replaced,
                 boot_check: r.boot_check.map(|check| BootCheck {
                     patience_ms: check.patience_ms,
@@ -504,6 +510,7 @@ fn policy(p: rpc::Policy) -> Result<Policy, Status> {
         no_change_tracking: p.no_change_tracking,
         skip_page_files: p.skip_page_files,
         check_within_ms: p.check_within_ms.unwrap_or(default.check_within_ms),
+        flat_checkpoints: p.flat_checkpoints,
     };
     let needs_guest = matches!(policy.minimum, Consistency::Application | Consistency::FileSystem);
     if policy.no_quiesce && needs_guest {

@@ -95,6 +95,7 @@ fn work(work: &Work, policy: &Policy) -> WireWork {
             before_command: String::new(),
             after_command: String::new(),
             command_failure_fails: false,
+            flat_checkpoints: policy.flat_checkpoints,
         }),
         Work::Restore(r) => WireWork::Restore(rpc::RestoreWork {
             point_id: r.point.to_string(),
@@ -113,6 +114,7 @@ fn work(work: &Work, policy: &Policy) -> WireWork {
             disconnect: r.disconnect,
             discard_saved_state: r.discard_saved_state,
             with_checkpoints: r.with_checkpoints,
+            checkpoint: r.checkpoint.clone(),
             keep_replaced: r.keep_replaced,
             boot_check: r.boot_check.as_ref().map(|check| rpc::BootCheck {
                 patience_ms: check.patience_ms,

@@ -51,6 +51,9 @@ pub(crate) struct Policy {
     /// Page and swap files are left out.
     #[serde(default)]
     pub(crate) skip_page_files: bool,
+    /// User checkpoints are not kept, only what they add up to.
+    #[serde(default)]
+    pub(crate) flat_checkpoints: bool,
     /// Within this time after a host crash everything is read and compared; 0: at the next run.
     #[serde(default = "week")]
     pub(crate) check_within_ms: u64,
@@ -74,6 +77,7 @@ impl Default for Policy {
             truncate_logs: false,
             no_change_tracking: false,
             skip_page_files: false,
+            flat_checkpoints: false,
             check_within_ms: week(),
         }
     }

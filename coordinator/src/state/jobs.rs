@@ -101,6 +101,9 @@ pub(crate) struct Restore {
     pub(crate) discard_saved_state: bool,
     #[serde(default)]
     pub(crate) with_checkpoints: bool,
+    /// As of this checkpoint of the point; empty: the point itself.
+    #[serde(default)]
+    pub(crate) checkpoint: String,
     #[serde(default)]
     pub(crate) keep_replaced: bool,
     #[serde(default)]

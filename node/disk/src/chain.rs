@@ -91,6 +91,31 @@ impl DiskChain {
         std::iter::once(&self.leaf).chain(&self.parents)
     }
 
+    /// The ranges that the first `count` files, from the leaf on, decide: what they store, and the zeros that hide their
+    /// parents. Outside of them this disk is, byte for byte, what the files below show. All of it when `count` is all of
+    /// the files, or when a map had to be rounded.
+    ///
+    /// # Errors
+    /// What reading the tables met.
+    pub fn decided(&self, count: usize) -> Result<RangeSet, DiskError> {
+        let whole = || RangeSet::single(0, self.info.size);
+        if count > self.parents.len() {
+            return Ok(whole());
+        }
+        let mut decided = RangeSet::new();
+        for layer in self.layers().take(count) {
+            let mut map = layer.map()?;
+            // A rounded map may leave out what it hides.
+            if map.rounded || layer.info().size != self.info.size {
+                return Ok(whole());
+            }
+            map.present.clamp(self.info.size);
+            decided = decided.union(&map.present).union(&map.zeroed);
+        }
+        decided.clamp(self.info.size);
+        Ok(decided)
+    }
+
     /// What is odd about the files and did not stop us, in sentences; each begins with the file's name.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();

@@ -199,6 +199,16 @@ impl Layer {
         }
     }
 
+    /// Sequence number of the header in force: it grows whenever anything of the file is written. `None` for a format that
+    /// has none.
+    #[must_use]
+    pub fn header_sequence(&self) -> Option<u64> {
+        match self {
+            Self::Vhdx(layer) => Some(layer.header().sequence),
+            Self::Vhd(_) => None,
+        }
+    }
+
     fn inner(&self) -> &dyn ReadLayer {
         match self {
             Self::Vhdx(layer) => layer,

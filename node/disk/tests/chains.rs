@@ -127,6 +127,21 @@ impl Machine {
             chain.layers().try_for_each(ReadLayer::check).expect("every block has its own place");
             assert!(whole(&chain) == *bytes, "{} reads other bytes", path.display());
             assert_map_covers(&chain, bytes);
+            // Outside of what its upper files decide, a disk is what the files below them show.
+            let files = chain.files();
+            for (count, below) in files.iter().enumerate().skip(1) {
+                let below = whole(&DiskChain::open(below).expect("a closed chain"));
+                let decided = chain.decided(count).expect("sound tables");
+                for rest in &RangeSet::single(0, bytes.len() as u64).subtract(&decided) {
+                    let (from, to) = (rest.start as usize, rest.end() as usize);
+                    assert!(
+                        bytes[from..to] == below[from..to],
+                        "{rest} differs {count} files below"
+                    );
+                }
+            }
+            let all = chain.decided(files.len()).expect("sound tables");
+            assert_eq!(all.total_len(), bytes.len() as u64);
         }
     }
 }

@@ -5,6 +5,7 @@
 //! | `wql` | names, paths and literals |
 //! | `call` | methods, their jobs, and when to ask again |
 //! | `snapshot` | recovery checkpoints: make, name, look into, remove |
+//! | `user_checkpoints` | the tree of checkpoints that administrators made |
 //! | `reference_point`, `changes` | resilient change tracking |
 //! | `inventory`, `watch`, `cluster` | what is there, and what changes |
 //! | `traces` | what backups left, whoever made them |
@@ -34,6 +35,7 @@ mod reference_point;
 mod replace;
 mod snapshot;
 mod traces;
+mod user_checkpoints;
 mod volumes;
 mod watch;
 mod wql;
@@ -44,14 +46,15 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use outrider_disk::{DiskError, RangeSet};
 use outrider_proto::ids::VmGuid;
-use outrider_proto::manifest::Machine;
+use outrider_proto::manifest::{Machine, Security};
 use outrider_wmi::Wmi;
 use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
 use super::{
     BootCheck, Booting, Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk, HostFacts,
-    Hypervisor, HypervisorError, Inventory, NewVm, ReferencePoint, SetAside, VmState,
+    Hypervisor, HypervisorError, Inventory, NewVm, ReferencePoint, SetAside, UserCheckpoints,
+    VmState,
 };
 use crate::config::JobTimes;
 use crate::lease::Lease;
@@ -187,6 +190,18 @@ impl Hypervisor for HyperV {
 
     async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<Defined, HypervisorError> {
         self.import_vm(lease, new).await
+    }
+
+    async fn user_checkpoints(
+        &self,
+        vm: VmGuid,
+        at: &Checkpoint,
+    ) -> Result<UserCheckpoints, HypervisorError> {
+        self.tree_at(vm, at).await
+    }
+
+    async fn security(&self, checkpoint: &Checkpoint) -> Result<Option<Security>, HypervisorError> {
+        self.security_of(checkpoint).await
     }
 
     async fn machine(&self, checkpoint: &Checkpoint) -> Result<Machine, HypervisorError> {

@@ -28,8 +28,19 @@ pub struct NewVm {
     pub discard_saved_state: bool,
     /// Folder of its checkpoints' definitions, when they are restored.
     pub checkpoints: Option<PathBuf>,
-    /// Disk files of its checkpoints: (checkpoint's GUID, slot, file).
-    pub checkpoint_disks: Vec<(uuid::Uuid, String, PathBuf)>,
+    /// Its checkpoints, when they are restored.
+    pub restored_checkpoints: Vec<RestoredCheckpoint>,
+}
+
+/// A checkpoint that is restored with its VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RestoredCheckpoint {
+    /// Its GUID; under a new GUID of the VM, the hypervisor may give it another one.
+    pub id: uuid::Uuid,
+    /// Its display name.
+    pub name: String,
+    /// Disk files by slot.
+    pub disks: Vec<(String, PathBuf)>,
 }
 
 /// How adapters of a restored VM are connected. A switch that is not chosen here is looked for by GUID, then by name.

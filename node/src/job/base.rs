@@ -172,8 +172,9 @@ fn decide(
     let (Some(tree), None) = (trees.next(), trees.next()) else {
         return everything("it is not a disk of the bound recovery point");
     };
-    match tree.layers.as_slice() {
-        [layer] if tree.size == disk.size => BaseDecision::Changes {
+    // The last layer is the disk at the point itself; those before are of user checkpoints.
+    match tree.layers.last() {
+        Some(layer) if tree.size == disk.size => BaseDecision::Changes {
             tracking_id: bound.rct_id.clone(),
             parent_root: layer.root,
             parent_excluded: tree.excluded.clone(),

@@ -16,7 +16,9 @@ use outrider_proto::rpc::{self, BackupKind};
 
 use super::backup::{Open, Origin};
 use super::base::{BaseDecision, DiskFacts, Known, plan_base};
+use super::config::ConfigSets;
 use super::exclude::{self, Exclusion};
+use super::layers::{self, Layers};
 use super::{JobContext, JobError, carry};
 use crate::consistency;
 use crate::hypervisor::{FrozenDisk, HypervisorError};
@@ -25,9 +27,6 @@ use crate::pipeline::{
     DiskJob, DiskPlan, ParentTree, Pipeline, SharedJournal, Stats, plan, sample,
 };
 use crate::source::SourceDisk;
-
-/// Longest configuration file that is kept.
-const MAX_CONFIG: u64 = 1 << 30;
 
 /// An open disk with its facts.
 pub(super) struct SourceFacts {
@@ -38,8 +37,8 @@ pub(super) struct SourceFacts {
     pub(super) block_size: u32,
     pub(super) fixed: bool,
     pub(super) format: ImageFormat,
-    path: std::path::PathBuf,
-    disk: Arc<SourceDisk>,
+    pub(super) path: std::path::PathBuf,
+    pub(super) disk: Arc<SourceDisk>,
 }
 
 /// Everything read and sent, ready for a manifest.
@@ -48,9 +47,15 @@ pub(super) struct Captured {
     pub(super) start: JournalStart,
     pub(super) disks: Vec<SourceFacts>,
     pub(super) config: Vec<ConfigFile>,
+    /// What of the configuration sets may have to be sent again.
+    pub(super) sets: ConfigSets,
     pub(super) machine: Machine,
     pub(super) tracking_unproven: bool,
     pub(super) journal: SharedJournal,
+    /// The user checkpoints, if they are kept.
+    pub(super) layers: Option<Box<Layers>>,
+    /// What became of them, for the point's report.
+    pub(super) tree_said: Option<String>,
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -132,7 +137,8 @@ pub(super) async fn run(
         jobs,
     );
     context.phase("saving the configuration");
-    let config = save_config(context, open, &pipeline).await?;
+    let mut sets = ConfigSets::new(start.chunk_size);
+    let config = sets.save(context, &open.checkpoint, &pipeline).await?;
     let machine = machine(context, open, warnings).await?;
     context.phase("running");
     let tracking_unproven = binding.is_some_and(|b| b.tracking_unproven) && start.parent.is_some();
@@ -140,8 +146,69 @@ pub(super) async fn run(
     let resumed = matches!(open.origin, Origin::Adopted(_) | Origin::Made(_, Some(_)));
     let pipeline = pipeline.with_journal(journal.clone(), journalled).resumed(resumed);
     // Roots are asked for again at the commit, where nothing is left to do unless storage lost something.
-    pipeline.capture().boxed().await?;
-    Ok(Captured { pipeline, start, disks, config, machine, tracking_unproven, journal })
+    let roots = pipeline.capture().boxed().await?;
+    let begun = layers::Begun {
+        vm,
+        open,
+        start: &start,
+        parent: parent.as_ref(),
+        disks: &disks,
+        roots: &roots,
+        adopted: match &open.origin {
+            Origin::Adopted(adopted) => Some(adopted),
+            Origin::Made(..) => None,
+        },
+        pipeline: &pipeline,
+        journal: &journal,
+        stats,
+    };
+    let kept = tree(context, work, &begun, &mut sets, warnings).await?;
+    sets.add_to(stats);
+    let (layers, tree_said) = match kept {
+        Some(Ok(layers)) => {
+            let said = layers.said.clone();
+            (Some(layers), Some(said))
+        }
+        Some(Err(why)) => (None, Some(why)),
+        None => (None, None),
+    };
+    Ok(Captured {
+        pipeline,
+        start,
+        disks,
+        config,
+        sets,
+        machine,
+        tracking_unproven,
+        journal,
+        layers,
+        tree_said,
+    })
+}
+
+/// The VM's user checkpoints, or why they are not kept; `None`: it has none, or they are not wanted.
+async fn tree(
+    context: &JobContext,
+    work: &rpc::BackupWork,
+    begun: &layers::Begun<'_>,
+    sets: &mut ConfigSets,
+    warnings: &mut Vec<String>,
+) -> Result<Option<Result<Box<Layers>, String>>, JobError> {
+    if work.flat_checkpoints {
+        return Ok(None);
+    }
+    Ok(match layers::run(context, begun, sets).await? {
+        layers::Outcome::Kept(layers) => Some(Ok(layers)),
+        layers::Outcome::None => None,
+        layers::Outcome::Flat(why) => {
+            let sentence = format!(
+                "the VM's checkpoints are not kept with this point, which holds the disks as they add up to: {why}"
+            );
+            tracing::warn!(reason = why, "the point is kept without the VM's checkpoints");
+            warnings.push(sentence.clone());
+            Some(Err(sentence))
+        }
+    })
 }
 
 /// What of a lost checkpoint goes over to this one; `None`: nothing, for a reason that is logged.
@@ -182,7 +249,7 @@ async fn carry_over(
     }
 }
 
-async fn open_disks(
+pub(super) async fn open_disks(
     context: &JobContext,
     frozen: Vec<FrozenDisk>,
 ) -> Result<Vec<SourceFacts>, JobError> {
@@ -460,25 +527,6 @@ fn disk_jobs(
         jobs.push(DiskJob { source: exclude::masked(disk.disk.clone(), excluded), plan });
     }
     Ok(jobs)
-}
-
-async fn save_config(
-    context: &JobContext,
-    open: &Open,
-    pipeline: &Pipeline,
-) -> Result<Vec<ConfigFile>, JobError> {
-    let mut config = Vec::new();
-    for path in context.hypervisor.checkpoint_config(&open.checkpoint).await? {
-        let (sources, file) = (context.sources.clone(), path.clone());
-        let bytes = context
-            .pool
-            .run(move || sources.read_file(&file, MAX_CONFIG))
-            .await?
-            .map_err(JobError::file("read", &path))?;
-        let chunks = pipeline.put_file(&bytes).await?;
-        config.push(ConfigFile { name: file_name(&path), size: bytes.len() as u64, chunks });
-    }
-    Ok(config)
 }
 
 /// What the VM is besides its disks. That it cannot be told spoils no backup: the point then lacks what restores plan

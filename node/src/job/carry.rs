@@ -182,6 +182,7 @@ mod tests {
                 }],
                 excluded: vec![],
             },
+            layers: vec![],
             leaves: [((0, 0), page(1)), ((0, 1), page(2)), ((0, 2), page(3))].into(),
             manifest: None,
             before_conversion: None,

@@ -12,6 +12,7 @@ use outrider_proto::rpc::{self, CommitOutcome, job_lease::Work};
 
 use super::backup::Open;
 use super::capture::{self, Captured};
+use super::layers::Roots;
 use super::{JobContext, JobError};
 use crate::consistency;
 use crate::pipeline::{Stats, TreeRoot};
@@ -43,7 +44,12 @@ pub(super) async fn run(
     for _ in 0..ROUNDS {
         context.phase("committing");
         let roots = captured.pipeline.capture().boxed().await?;
-        let manifest = manifest(context, message, vm, open, &captured, point, &roots);
+        captured.sets.capture().boxed().await?;
+        let of_layers = match &captured.layers {
+            Some(layers) => layers.capture().boxed().await?,
+            None => Roots::default(),
+        };
+        let manifest = manifest(context, message, vm, open, &captured, point, (&roots, &of_layers));
         let record = manifest.seal(&context.sealer)?;
         let manifest_id = record.id();
         captured.pipeline.put_small(record).await?;
@@ -69,7 +75,7 @@ pub(super) async fn run(
             root_receipts,
             stats: Some(stats.snapshot().into()),
             achieved: consistency::from_text(&captured.start.consistency).into(),
-            reasons: captured.start.reasons.clone(),
+            reasons: manifest.reasons.clone(),
             kind: captured.start.kind,
             taken_unix_ms: captured.start.taken_unix_ms,
             checkpoint_id: open.checkpoint.id.to_string(),
@@ -107,6 +113,12 @@ pub(super) async fn run(
                 lacking = reply.reason;
                 context.store.drop_claims(&pgs);
                 captured.pipeline.recheck(&pgs).boxed().await?;
+                // Each pipeline sends again what it has put itself: nothing is left open for the next one.
+                captured.pipeline.capture().boxed().await?;
+                captured.sets.recheck(&pgs).boxed().await?;
+                if let Some(layers) = &captured.layers {
+                    layers.recheck(&pgs).boxed().await?;
+                }
             }
         }
     }
@@ -120,23 +132,22 @@ fn manifest(
     open: &Open,
     captured: &Captured,
     point: PointId,
-    roots: &[TreeRoot],
+    (roots, of_layers): (&[TreeRoot], &Roots),
 ) -> Manifest {
     let excluded = |i: usize| captured.start.excluded.get(i).cloned().unwrap_or_default();
     let disks =
         captured.disks.iter().zip(roots).enumerate().map(|(i, (disk, root))| DiskManifest {
-            disk_id: disk.facts.disk,
-            slot: disk.facts.slot.clone(),
-            file_name: disk.file_name.clone(),
-            size: disk.facts.size,
-            logical_sector: disk.logical_sector,
-            physical_sector: disk.physical_sector,
-            block_size: disk.block_size,
-            fixed: disk.fixed,
             layers: vec![Layer { root_level: root.level, root: root.id }],
             excluded: excluded(i),
-            format: disk.format,
+            ..disk.described()
         });
+    let mut disks: Vec<DiskManifest> = disks.collect();
+    let tree = match &captured.layers {
+        Some(layers) => layers.describe(of_layers, &mut disks),
+        None => Tree::default(),
+    };
+    let mut reasons = captured.start.reasons.clone();
+    reasons.extend(captured.tree_said.clone());
     Manifest {
         point,
         job: context.lease.job(),
@@ -147,12 +158,12 @@ fn manifest(
         taken_unix_ms: captured.start.taken_unix_ms,
         chunk_size: captured.start.chunk_size,
         consistency: captured.start.consistency.clone(),
-        reasons: captured.start.reasons.clone(),
+        reasons,
         tracking_unproven: captured.tracking_unproven,
         config: captured.config.clone(),
-        disks: disks.collect(),
+        disks,
         machine: captured.machine.clone(),
-        tree: Tree::default(),
+        tree,
     }
 }
 

@@ -204,7 +204,7 @@ impl Pipeline {
         state.leaves[disk].insert(leaf, done.page);
         state.forced.remove(&done.key);
         drop(state);
-        let disk = u32::try_from(disk).unwrap_or(u32::MAX);
+        let disk = self.numbers.get(disk).copied().unwrap_or(u32::MAX);
         drive.to_journal.push((disk, leaf, done.page));
         drive.unconfirmed.push(done);
     }

@@ -74,6 +74,24 @@ impl Stats {
         counter.store(n, Ordering::Relaxed);
     }
 
+    /// Adds what another part of the same job has read and sent since `before`.
+    pub(crate) fn absorb(&self, part: &StatsSnapshot, before: &StatsSnapshot) {
+        for (counter, now, then) in [
+            (&self.read_bytes, part.read_bytes, before.read_bytes),
+            (&self.reread_bytes, part.reread_bytes, before.reread_bytes),
+            (&self.zero_bytes, part.zero_bytes, before.zero_bytes),
+            (&self.known_bytes, part.known_bytes, before.known_bytes),
+            (&self.sent_bytes, part.sent_bytes, before.sent_bytes),
+            (&self.resent_bytes, part.resent_bytes, before.resent_bytes),
+            (&self.adopted_pages, part.adopted_pages, before.adopted_pages),
+            (&self.chunks_new, part.chunks_new, before.chunks_new),
+            (&self.chunks_known, part.chunks_known, before.chunks_known),
+            (&self.sampled_chunks, part.sampled_chunks, before.sampled_chunks),
+        ] {
+            Self::add(counter, now.saturating_sub(then));
+        }
+    }
+
     pub(crate) fn sent(&self, sealed: u64) {
         Self::add(&self.sent_bytes, sealed);
     }

@@ -21,6 +21,8 @@ const CHUNKS: usize = 16;
 const SMALLEST_BLOCK: u32 = 1 << 20;
 /// Block sizes of VHDs that Windows makes.
 const VHD_BLOCKS: [u32; 2] = [512 << 10, 2 << 20];
+/// Zeros written at once where a format knows no better way.
+const ZEROS: u64 = 1 << 20;
 /// Decrypted chunks waiting for the disk.
 const WAITING: usize = 32;
 
@@ -87,6 +89,22 @@ pub trait NewDisk: Send {
     /// [`DiskError`].
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError>;
 
+    /// Makes a range zeros, also where a parent has something else.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<(), DiskError> {
+        let zeros = vec![0; usize::try_from(len.min(ZEROS)).unwrap_or_default()];
+        let mut at = 0;
+        while at < len {
+            let part = zeros.get(..usize::try_from(len - at).unwrap_or(usize::MAX));
+            let part = part.unwrap_or(&zeros);
+            self.write_at(offset + at, part)?;
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
     /// Makes everything durable and closes the file.
     ///
     /// # Errors
@@ -97,6 +115,10 @@ pub trait NewDisk: Send {
 impl NewDisk for DiskWriter {
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         DiskWriter::write_at(self, offset, bytes)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<(), DiskError> {
+        DiskWriter::write_zeroes(self, offset, len)
     }
 
     fn finish(mut self: Box<Self>) -> Result<(), DiskError> {
@@ -135,6 +157,14 @@ pub fn new_image(
     Ok(Box::new(DiskWriter::create(path, &new)?))
 }
 
+/// A new differencing disk over `parent`, which is closed and must not change any more.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn new_child(path: &Path, parent: &Path) -> Result<Box<dyn NewDisk>, DiskError> {
+    Ok(Box::new(DiskWriter::create_child(path, parent, None)?))
+}
+
 /// Extension of the file that [`new_image`] makes.
 #[must_use]
 pub fn image_extension(disk: &DiskManifest) -> &'static str {
@@ -144,10 +174,18 @@ pub fn image_extension(disk: &DiskManifest) -> &'static str {
     }
 }
 
-/// Writes a disk as the new file that `create` makes; removed again when it fails. Gives the bytes written.
+/// A part of a disk to be written.
+enum Piece {
+    Bytes(u64, Vec<u8>),
+    Zeros(u64, u64),
+}
+
+/// Writes a disk as the new file that `create` makes; removed again when it fails. Of a child, only the chunks that differ
+/// from the tree below are written. Gives the bytes written.
 pub(super) async fn write(
     reader: &Reader,
     disk: &DiskManifest,
+    below: Option<ChunkId>,
     chunk_size: u32,
     path: &Path,
     create: impl FnOnce() -> Result<Box<dyn NewDisk>, DiskError> + Send + 'static,
@@ -158,12 +196,12 @@ pub(super) async fn write(
     };
     let created = reader.pool.run(create).await??;
     let guard = HalfWritten { path: path.to_owned(), whole: false };
-    let (sender, receiver) = mpsc::channel::<(u64, Vec<u8>)>(WAITING);
+    let (sender, receiver) = mpsc::channel::<Piece>(WAITING);
     // Not on the pool: it waits for chunks that the pool decrypts.
     let writing = tokio::task::spawn_blocking(move || write_all(created, receiver));
     // Only ranges with chunks are asked for: the plan of a full read over the whole disk names every leaf once.
     let plan = DiskPlan::full(disk.size, chunk_size, &outrider_disk::RangeSet::new());
-    let fetched = fetch_all(reader, &plan, layer.root, sender).await;
+    let fetched = fetch_all(reader, &plan, layer.root, below, sender).await;
     let written = writing.await.map_err(|_| PoolError)?;
     // A failed write closes the channel, which looks like nothing to the fetching side: it is the better reason.
     let written = written?;
@@ -174,12 +212,17 @@ pub(super) async fn write(
 
 fn write_all(
     mut writer: Box<dyn NewDisk>,
-    mut chunks: mpsc::Receiver<(u64, Vec<u8>)>,
+    mut pieces: mpsc::Receiver<Piece>,
 ) -> Result<u64, DiskError> {
     let mut written = 0;
-    while let Some((offset, bytes)) = chunks.blocking_recv() {
-        writer.write_at(offset, &bytes)?;
-        written += bytes.len() as u64;
+    while let Some(piece) = pieces.blocking_recv() {
+        match piece {
+            Piece::Bytes(offset, bytes) => {
+                writer.write_at(offset, &bytes)?;
+                written += bytes.len() as u64;
+            }
+            Piece::Zeros(offset, len) => writer.write_zeroes(offset, len)?,
+        }
     }
     writer.finish()?;
     Ok(written)
@@ -189,45 +232,69 @@ async fn fetch_all(
     reader: &Reader,
     plan: &DiskPlan,
     root: ChunkId,
-    sender: mpsc::Sender<(u64, Vec<u8>)>,
+    below: Option<ChunkId>,
+    sender: mpsc::Sender<Piece>,
 ) -> Result<(), RestoreError> {
-    let mut tree =
-        ParentTree::new(reader.store.clone(), reader.sealer.clone(), root, plan.root_level());
+    let tree = |root| {
+        ParentTree::new(reader.store.clone(), reader.sealer.clone(), root, plan.root_level())
+    };
+    // Over nothing, everything that is no hole differs.
+    let (mut tree, mut below) = (tree(root), tree(below.unwrap_or(ChunkId::HOLE)));
     let mut wanted = Vec::new();
     let mut leaf = 0;
     while leaf < plan.leaf_count() {
         // Collected in portions, so that several leaf pages are fetched at once.
         wanted.clear();
         while wanted.len() < 64 && leaf < plan.leaf_count() {
-            let id = tree.page_id(1, leaf).await?;
-            if !id.is_hole() {
-                wanted.push((leaf, id));
+            let pages = (tree.page_id(1, leaf).await?, below.page_id(1, leaf).await?);
+            if pages.0 != pages.1 {
+                wanted.push((leaf, pages));
             }
             leaf += 1;
         }
         futures::stream::iter(wanted.drain(..).map(Ok))
-            .try_for_each_concurrent(LEAVES, |(leaf, id)| {
-                fetch_leaf(reader, plan, leaf, id, &sender).boxed()
+            .try_for_each_concurrent(LEAVES, |(leaf, pages)| {
+                fetch_leaf(reader, plan, leaf, pages, &sender).boxed()
             })
             .await?;
     }
     Ok(())
 }
 
+/// The children of a leaf page, as many as the leaf has.
+async fn children(
+    reader: &Reader,
+    page: ChunkId,
+    len: usize,
+) -> Result<Vec<ChunkId>, PipelineError> {
+    let mut children = match page.is_hole() {
+        true => Vec::new(),
+        false => crate::pipeline::fetch_page(&*reader.store, &reader.sealer, page, 1).await?,
+    };
+    children.resize(len, ChunkId::HOLE);
+    Ok(children)
+}
+
 async fn fetch_leaf(
     reader: &Reader,
     plan: &DiskPlan,
     leaf: u64,
-    page: ChunkId,
-    sender: &mpsc::Sender<(u64, Vec<u8>)>,
+    (page, below): (ChunkId, ChunkId),
+    sender: &mpsc::Sender<Piece>,
 ) -> Result<(), RestoreError> {
-    let children = crate::pipeline::fetch_page(&*reader.store, &reader.sealer, page, 1).await?;
-    let present: Vec<(usize, ChunkId)> = children
-        .iter()
-        .copied()
-        .enumerate()
-        .filter(|(i, id)| !id.is_hole() && *i < plan.leaf_len(leaf))
-        .collect();
+    let len = plan.leaf_len(leaf);
+    let own = children(reader, page, len).await?;
+    let below = children(reader, below, len).await?;
+    let differ = own.iter().zip(&below).enumerate().filter(|(_, (own, below))| own != below);
+    let (holes, present): (Vec<_>, Vec<_>) =
+        differ.map(|(i, (own, _))| (i, *own)).partition(|(_, id)| id.is_hole());
+    for (child, _) in holes {
+        let (offset, length) = plan.chunk_range(leaf, child);
+        if sender.send(Piece::Zeros(offset, length as u64)).await.is_err() {
+            // The writer failed and says why.
+            return Ok(());
+        }
+    }
     let parts: Vec<Vec<(usize, ChunkId)>> = present.chunks(CHUNKS).map(<[_]>::to_vec).collect();
     futures::stream::iter(parts.into_iter().map(Ok::<_, RestoreError>))
         .try_for_each_concurrent(2, |part| async move {
@@ -253,7 +320,7 @@ async fn fetch_leaf(
                 if bytes.len() != expected {
                     return Err(RestoreError::Length { id, found: bytes.len(), expected });
                 }
-                if sender.send((offset, bytes)).await.is_err() {
+                if sender.send(Piece::Bytes(offset, bytes)).await.is_err() {
                     // The writer failed and says why.
                     return Ok(());
                 }

@@ -4,14 +4,15 @@
 
 use std::path::PathBuf;
 
-use outrider_proto::ids::VmGuid;
-use outrider_proto::manifest::{DiskManifest, Manifest};
+use outrider_proto::ids::{CheckpointId, VmGuid};
+use outrider_proto::manifest::{ConfigFile, DiskManifest, Manifest};
 use outrider_proto::rpc::RestoreWork;
 
+use super::files::{self, DiskFile};
 use super::target::Target;
 use super::trail::Trail;
-use super::{DEFINITION, DISKS, Reader, config_bytes, disk, safe_name};
-use crate::hypervisor::{Defined, Networks, NewVm};
+use super::{CHECKPOINTS, DEFINITION, DISKS, Reader, disk, safe_name};
+use crate::hypervisor::{Defined, Networks, NewVm, RestoredCheckpoint};
 use crate::job::{JobContext, JobError};
 
 /// A restore under way.
@@ -22,6 +23,9 @@ pub(super) struct Restore<'a> {
     pub(super) target: Target,
     pub(super) work: &'a RestoreWork,
     pub(super) trail: Trail,
+    /// Whether its checkpoints come back, too.
+    with_tree: bool,
+    files: Vec<DiskFile>,
     /// The report: what was mended, lost, removed.
     pub(super) notes: Vec<String>,
 }
@@ -36,7 +40,14 @@ impl<'a> Restore<'a> {
     ) -> Self {
         let fresh = || Trail::new(context.lease.job(), manifest.point);
         let trail = target.trail.clone().unwrap_or_else(fresh);
-        Self { context, reader, manifest, target, work, trail, notes: Vec::new() }
+        let with_tree = work.with_checkpoints && !manifest.tree.checkpoints.is_empty();
+        let extension = |disk: &DiskManifest| context.hypervisor.disk_extension(disk);
+        let files = match with_tree {
+            true => files::with_checkpoints(manifest, extension),
+            false => files::flat(manifest, extension),
+        };
+        let notes = Vec::new();
+        Self { context, reader, manifest, target, work, trail, with_tree, files, notes }
     }
 
     pub(super) async fn run(&mut self) -> Result<VmGuid, JobError> {
@@ -93,43 +104,46 @@ impl<'a> Restore<'a> {
     /// Writes disks and configuration; gives the definition file. What an earlier attempt finished is not written again.
     async fn write(&mut self) -> Result<PathBuf, JobError> {
         let context = self.context;
-        for dir in [DISKS, DEFINITION] {
+        let folders = [DISKS, DEFINITION, CHECKPOINTS];
+        for dir in folders.iter().take(if self.with_tree { 3 } else { 2 }) {
             let dir = self.target.folder.join(dir);
             std::fs::create_dir_all(&dir).map_err(JobError::file("make the folder", &dir))?;
         }
         self.trail.save(&self.target.folder)?;
         context.phase("writing disks");
-        for (index, disk) in self.manifest.disks.iter().enumerate() {
+        let paths = files::paths(&self.files, &self.target.folder);
+        for (file, path) in self.files.iter().zip(&paths) {
             context.lease.check()?;
-            let path = self.disk_path(index, disk);
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if self.trail.disks.contains(&name) && path.is_file() {
-                tracing::info!(file = name, "an earlier attempt wrote this disk");
+            if self.trail.disks.contains(&file.name) && path.is_file() {
+                tracing::info!(file = file.name, "an earlier attempt wrote this disk");
                 continue;
             }
             // Half of it, perhaps.
-            super::remove_file(&path);
+            super::remove_file(path);
+            let below = file.over.and_then(|over| Some((&self.files[over], paths.get(over)?)));
             let create = {
-                let (hypervisor, file, like) =
-                    (context.hypervisor.clone(), path.clone(), disk.clone());
+                let (hypervisor, path, like) =
+                    (context.hypervisor.clone(), path.clone(), file.disk.clone());
                 let keep_disk_id = self.work.keep_guid;
-                move || hypervisor.create_disk(&file, &like, keep_disk_id)
+                let parent = below.map(|(_, parent)| parent.clone());
+                move || match parent {
+                    Some(parent) => hypervisor.create_child(&path, &parent),
+                    None => hypervisor.create_disk(&path, &like, keep_disk_id),
+                }
             };
+            let below = below.and_then(|(below, _)| below.disk.layers.last()).map(|l| l.root);
+            let chunk_size = self.manifest.chunk_size;
             let written =
-                disk::write(self.reader, disk, self.manifest.chunk_size, &path, create).await?;
+                disk::write(self.reader, &file.disk, below, chunk_size, path, create).await?;
             context.metrics.restored_bytes.inc_by(written);
-            self.trail.disks.push(name);
+            self.trail.disks.push(file.name.clone());
             self.trail.save(&self.target.folder)?;
         }
         context.phase("writing the configuration");
-        let mut definition = None;
-        for file in &self.manifest.config {
-            let name = safe_name(&file.name, "configuration");
-            let path = self.target.folder.join(DEFINITION).join(name);
-            let bytes = config_bytes(self.reader, file).await?;
-            std::fs::write(&path, bytes).map_err(JobError::file("write", &path))?;
-            if context.hypervisor.is_definition(&path) {
-                definition = Some(path);
+        let definition = self.write_config(&self.manifest.config, DEFINITION).await?;
+        if self.with_tree {
+            for checkpoint in &self.manifest.tree.checkpoints {
+                self.write_config(&checkpoint.config, CHECKPOINTS).await?;
             }
         }
         definition.ok_or_else(|| {
@@ -140,19 +154,40 @@ impl<'a> Restore<'a> {
         })
     }
 
-    fn disk_path(&self, index: usize, disk: &DiskManifest) -> PathBuf {
-        let extension = self.context.hypervisor.disk_extension(disk);
-        self.target.folder.join(DISKS).join(self.target.disk_name(disk, index, extension))
+    /// Writes configuration files into a folder of the VM; gives the definition among them.
+    async fn write_config(
+        &self,
+        config: &[ConfigFile],
+        folder: &str,
+    ) -> Result<Option<PathBuf>, JobError> {
+        let mut definition = None;
+        for file in config {
+            let name = safe_name(&file.name, "configuration");
+            let path = self.target.folder.join(folder).join(name);
+            let chunk_size = self.manifest.chunk_size;
+            super::write_config_file(self.reader, file, chunk_size, &path).await?;
+            if self.context.hypervisor.is_definition(&path) {
+                definition = Some(path);
+            }
+        }
+        Ok(definition)
+    }
+
+    /// Disk files by slot: of the VM, or of one of its checkpoints.
+    fn disks_of(&self, checkpoint: Option<CheckpointId>) -> Vec<(String, PathBuf)> {
+        let paths = files::paths(&self.files, &self.target.folder);
+        let of_it = self.files.iter().zip(paths).filter(|(f, _)| f.checkpoint == checkpoint);
+        of_it.map(|(f, path)| (f.slot.clone(), path)).collect()
     }
 
     fn new_vm(&self, definition: PathBuf) -> NewVm {
-        let disks = self.manifest.disks.iter().enumerate();
+        let checkpoints = self.manifest.tree.checkpoints.iter().filter(|_| self.with_tree);
         NewVm {
             definition,
             folder: self.target.folder.clone(),
             name: self.target.name.clone(),
             keep_guid: self.work.keep_guid,
-            disks: disks.map(|(i, disk)| (disk.slot.clone(), self.disk_path(i, disk))).collect(),
+            disks: self.disks_of(None),
             clustered: self.work.highly_available,
             group: self.manifest.machine.group.clone(),
             networks: Networks {
@@ -165,8 +200,14 @@ impl<'a> Restore<'a> {
                 disconnect: self.work.disconnect,
             },
             discard_saved_state: self.work.discard_saved_state,
-            checkpoints: None,
-            checkpoint_disks: Vec::new(),
+            checkpoints: self.with_tree.then(|| self.target.folder.join(CHECKPOINTS)),
+            restored_checkpoints: checkpoints
+                .map(|c| RestoredCheckpoint {
+                    id: c.id.0,
+                    name: c.name.clone(),
+                    disks: self.disks_of(Some(c.id)),
+                })
+                .collect(),
         }
     }
 

@@ -22,6 +22,9 @@ pub(super) fn check(
     if work.with_checkpoints && manifest.tree.checkpoints.is_empty() {
         warnings.push("the recovery point holds no checkpoints: the VM comes back flat".into());
     }
+    if work.with_checkpoints {
+        warnings.extend(saved_checkpoints(manifest, host));
+    }
     Ok(warnings)
 }
 
@@ -63,6 +66,20 @@ fn saved_state(manifest: &Manifest, work: &RestoreWork, host: &str) -> Result<()
          restore on {:?}, or with --discard-saved-state (the VM then starts as after a power cut)",
         manifest.vm_name, machine.host, machine.host
     )))
+}
+
+/// Checkpoints may carry a saved state of a host, too; nobody resumes it unless they are applied.
+fn saved_checkpoints(manifest: &Manifest, host: &str) -> Option<String> {
+    let saved = manifest.tree.checkpoints.iter().filter(|c| c.facts.saved_state);
+    let names: Vec<String> = saved.map(|c| format!("{:?}", c.name)).collect();
+    let at_home = manifest.machine.host.eq_ignore_ascii_case(host);
+    (!names.is_empty() && !at_home).then(|| {
+        format!(
+            "the checkpoints {} carry a saved state of another host than {host}, perhaps: if the VM does not resume after \
+             one of them was applied, delete its saved state",
+            names.join(", ")
+        )
+    })
 }
 
 /// Every choice must lead to a switch of this host.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use outrider_proto::ids::{JobId, VmGuid};
-use outrider_proto::manifest::{DiskManifest, Manifest};
+use outrider_proto::manifest::Manifest;
 use outrider_proto::rpc::RestoreWork;
 
 use super::trail::Trail;
@@ -137,19 +137,6 @@ fn has_content(folder: &Path) -> bool {
 }
 
 impl Target {
-    /// A file name for a disk, unique within the VM.
-    pub(super) fn disk_name(&self, disk: &DiskManifest, index: usize, extension: &str) -> String {
-        let name = super::safe_name(&disk.file_name, "disk");
-        let stem = Path::new(&name)
-            .file_stem()
-            .map(|s| s.to_string_lossy().into_owned())
-            .unwrap_or_default();
-        match index {
-            0 => format!("{stem}.{extension}"),
-            _ => format!("{stem}-{index}.{extension}"),
-        }
-    }
-
     /// After a failure: removes the folder, which nobody else had before.
     pub(super) fn remove_what_was_made(&self) {
         if let Err(e) = std::fs::remove_dir_all(&self.folder)

@@ -10,7 +10,7 @@ use crate::disks::{VmIo, locked};
 use crate::error::LabError;
 use crate::import;
 use crate::merge;
-use crate::model::{Checkpoint, Disk, FrozenDisk, Merge, ReferencePoint, State, Vm, guid};
+use crate::model::{Checkpoint, Disk, FrozenDisk, Merge, Power, ReferencePoint, State, Vm, guid};
 use crate::truth;
 
 /// What is to be made.
@@ -53,7 +53,7 @@ pub(crate) fn create(cluster: &Cluster, vm_id: Uuid, new: &NewCheckpoint) -> Res
             for (disk, child) in vm.disks.iter_mut().filter(|d| d.is_virtual()).zip(made.children) {
                 disk.chain.push(child);
             }
-            let parent = vm.checkpoints.last().map(|c| c.id);
+            let parent = vm.current.replace(new.id);
             vm.checkpoints.push(Checkpoint {
                 id: new.id,
                 name: new.name.clone(),
@@ -62,6 +62,9 @@ pub(crate) fn create(cluster: &Cluster, vm_id: Uuid, new: &NewCheckpoint) -> Res
                 created: now(),
                 disks: made.frozen.clone(),
                 parent,
+                notes: if new.recovery { String::new() } else { format!("why {:?}", new.name) },
+                saved: vm.power == Power::Saved,
+                file_id: new.id,
                 missing: false,
             });
             import::write_checkpoint_files(vm, new.id)?;
@@ -70,10 +73,7 @@ pub(crate) fn create(cluster: &Cluster, vm_id: Uuid, new: &NewCheckpoint) -> Res
         })?;
         made.frozen
     };
-    if new.recovery {
-        truth::record(cluster, vm_id, new.id, &frozen)?;
-    }
-    Ok(())
+    truth::record(cluster, vm_id, new.id, &frozen)
 }
 
 struct Made {
@@ -112,7 +112,12 @@ fn freeze(
         if runs {
             io.open(disk.id, &child)?;
         }
-        made.frozen.push(FrozenDisk { disk: disk.id, path: leaf.to_owned(), mark: None });
+        made.frozen.push(FrozenDisk {
+            disk: disk.id,
+            path: leaf.to_owned(),
+            chain: disk.chain.clone(),
+            mark: None,
+        });
         made.children.push(child);
     }
     // Only when nothing can fail any more: a mark cuts the record of changes.
@@ -173,6 +178,9 @@ pub(crate) fn take_out(
         .position(|c| c.id == checkpoint)
         .ok_or_else(|| LabError::unknown("checkpoint", checkpoint))?;
     let gone = vm.checkpoints.remove(at);
+    if vm.current == Some(checkpoint) {
+        vm.current = gone.parent;
+    }
     for later in &mut vm.checkpoints {
         if later.parent == Some(checkpoint) {
             later.parent = gone.parent;
@@ -204,35 +212,54 @@ pub(crate) fn forget_marks(cluster: &Cluster, vm_id: Uuid) -> Result<(), LabErro
     Ok(())
 }
 
-/// Throws away what was written since the newest checkpoint, as applying it does. The VM is off. Blocks.
+/// Throws away what was written since the VM's last checkpoint, and goes on from another (or the same) one. The VM is off.
+/// Blocks.
 pub(crate) fn apply(cluster: &Cluster, vm_id: Uuid, checkpoint: Uuid) -> Result<(), LabError> {
     let io = cluster.read(|s| s.vm(vm_id).map(|vm| vm.io.clone()))?;
     let mut io = locked(&io);
-    let leaves = cluster.read(|s| {
+    let moves = cluster.change(|s| {
+        let fresh = s.new_guid();
         let vm = s.vm(vm_id)?;
+        if vm.recovery_checkpoint().is_some() {
+            return Err(LabError::refused(&vm.name, 32775, "a backup is at work on the VM"));
+        }
         let applied = vm
             .checkpoints
             .iter()
             .find(|c| c.id == checkpoint)
             .ok_or_else(|| LabError::unknown("checkpoint", checkpoint))?;
-        let pairs = applied.disks.iter().map(|f| {
-            let chain = vm.disk(f.disk).map(|d| d.chain.as_slice()).unwrap_or_default();
-            match chain {
-                [.., frozen, leaf] if *frozen == f.path => Ok((frozen.clone(), leaf.clone())),
-                _ => Err(LabError::refused(&vm.name, 32775, "a newer checkpoint exists")),
-            }
+        let moved = applied.disks.iter().filter_map(|frozen| {
+            let disk = vm.disk(frozen.disk)?;
+            let old = disk.leaf()?.to_owned();
+            // Where it was already, the leaf keeps its name.
+            let stays = vm.current == Some(checkpoint);
+            let new = if stays { old.clone() } else { child_path(disk, fresh)? };
+            Some(Moved { disk: disk.id, chain: frozen.chain.clone(), old, new })
         });
-        pairs.collect::<Result<Vec<(PathBuf, PathBuf)>, _>>()
+        Ok(moved.collect::<Vec<_>>())
     })?;
-    for (frozen, leaf) in &leaves {
-        replace_by_empty_child(frozen, leaf)?;
+    for moved in &moves {
+        std::fs::remove_file(&moved.old).map_err(LabError::io("remove", &moved.old))?;
+        let frozen = moved.chain.last().unwrap_or(&moved.old);
+        DiskWriter::create_child(&moved.new, frozen, None)?.close()?;
+        io.changed(moved.disk);
     }
     io.forget_all();
-    cluster.change_vm(vm_id, |vm| vm.last_applied = Some(checkpoint))
+    cluster.change_vm(vm_id, |vm| {
+        for moved in moves {
+            for disk in vm.disks.iter_mut().filter(|d| d.id == moved.disk) {
+                disk.chain = [moved.chain.as_slice(), std::slice::from_ref(&moved.new)].concat();
+            }
+        }
+        (vm.last_applied, vm.current) = (Some(checkpoint), Some(checkpoint));
+    })
 }
 
-fn replace_by_empty_child(frozen: &Path, leaf: &Path) -> Result<(), LabError> {
-    std::fs::remove_file(leaf).map_err(LabError::io("remove", leaf))?;
-    DiskWriter::create_child(leaf, frozen, None)?.close()?;
-    Ok(())
+/// A disk that goes on elsewhere.
+struct Moved {
+    disk: Uuid,
+    /// What it goes on from, base first.
+    chain: Vec<PathBuf>,
+    old: PathBuf,
+    new: PathBuf,
 }

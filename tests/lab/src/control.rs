@@ -460,6 +460,9 @@ pub struct VmState {
     pub disks: Vec<DiskState>,
     /// Checkpoints, oldest first.
     pub checkpoints: Vec<CheckpointState>,
+    /// The checkpoint that it follows now.
+    #[serde(default)]
+    pub current: Option<Uuid>,
     /// Reference points, oldest first.
     pub reference_points: Vec<ReferencePointState>,
     /// Merges not finished.
@@ -515,6 +518,18 @@ pub struct CheckpointState {
     pub name: String,
     /// Whether it is of the recovery type.
     pub recovery: bool,
+    /// The one that it follows.
+    #[serde(default)]
+    pub parent: Option<Uuid>,
+    /// The files that it froze, by disk place.
+    #[serde(default)]
+    pub frozen: Vec<PathBuf>,
+    /// The administrator's remarks.
+    #[serde(default)]
+    pub notes: String,
+    /// It carries a saved state.
+    #[serde(default)]
+    pub saved: bool,
 }
 
 /// A reference point.

@@ -20,6 +20,9 @@ use crate::shape::Shape;
 /// Longest definition file that is read.
 const MAX_DEFINITION: u64 = 1 << 20;
 
+/// Bytes of the runtime state of a saved VM.
+const SAVED_MEMORY: usize = (9 << 20) + 123;
+
 /// What a definition file says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Definition {
@@ -40,6 +43,11 @@ struct Definition {
     /// Of a checkpoint's definition: the checkpoint's name.
     #[serde(default)]
     own_name: Option<String>,
+    /// Of a checkpoint's definition: the checkpoint's remarks, and whether it carries a saved state.
+    #[serde(default)]
+    notes: String,
+    #[serde(default)]
+    saved: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -56,6 +64,31 @@ pub(crate) const VM_FOLDER: &str = "Virtual Machines";
 pub(crate) const CHECKPOINT_FOLDER: &str = "Snapshots";
 
 fn write_set(vm: &Vm, stem: &Path, checkpoint: Option<Uuid>) -> Result<(), LabError> {
+    write_definition(vm, stem, checkpoint)?;
+    let what = format!("of {} at {}", vm.guid(), stem.display());
+    let mut runtime = format!("runtime state {what}").into_bytes();
+    if vm.power == Power::Saved {
+        runtime = memory(runtime);
+    }
+    for (extension, content) in
+        [("vmrs", runtime), ("vmgs", format!("guest state {what}").into_bytes())]
+    {
+        let path = stem.with_extension(extension);
+        std::fs::write(&path, content).map_err(LabError::io("write", path))?;
+    }
+    Ok(())
+}
+
+/// A saved VM's memory behind its runtime state: much of it zeros, and of no round length.
+fn memory(mut state: Vec<u8>) -> Vec<u8> {
+    state.resize(SAVED_MEMORY, 0);
+    for (at, byte) in state.iter_mut().enumerate().skip(SAVED_MEMORY - (1 << 20)) {
+        *byte = (at / 300) as u8;
+    }
+    state
+}
+
+fn write_definition(vm: &Vm, stem: &Path, checkpoint: Option<Uuid>) -> Result<(), LabError> {
     let frozen = checkpoint.and_then(|id| vm.checkpoints.iter().find(|c| c.id == id));
     let disks = vm.disks.iter().map(|d| DefinedDisk {
         id: d.id,
@@ -87,23 +120,17 @@ fn write_set(vm: &Vm, stem: &Path, checkpoint: Option<Uuid>) -> Result<(), LabEr
         own_name: frozen.map(|c| c.name.clone()),
         parent: match frozen {
             Some(c) => c.parent,
-            None => vm.checkpoints.last().map(|c| c.id),
+            None => vm.current,
         },
+        notes: frozen.map(|c| c.notes.clone()).unwrap_or_default(),
+        saved: frozen.is_some_and(|c| c.saved),
     };
     let text =
         serde_json::to_vec_pretty(&definition).map_err(|e| LabError::Config(e.to_string()))?;
-    let what = format!("of {} at {}", vm.guid(), stem.display()).into_bytes();
     let folder = stem.parent().unwrap_or(stem);
     std::fs::create_dir_all(folder).map_err(LabError::io("make the folder", folder))?;
-    for (extension, content) in [
-        ("vmcx", text),
-        ("vmrs", [b"runtime state ", &what[..]].concat()),
-        ("vmgs", [b"guest state ", &what[..]].concat()),
-    ] {
-        let path = stem.with_extension(extension);
-        std::fs::write(&path, content).map_err(LabError::io("write", path))?;
-    }
-    Ok(())
+    let path = stem.with_extension("vmcx");
+    std::fs::write(&path, text).map_err(LabError::io("write", path))
 }
 
 /// Writes the files of the VM's own configuration.
@@ -190,6 +217,11 @@ pub(crate) fn import(
         vm.hardware = definition.hardware.clone();
         vm.rights = false;
         vm.checkpoints = planned_checkpoints(&definition.ancestors, snapshots);
+        vm.current = definition.parent.filter(|p| vm.checkpoints.iter().any(|c| c.id == *p));
+        if new_id {
+            // A copy: its checkpoints are others, too.
+            rename_checkpoints(s, &mut vm);
+        }
         let target = classes::planned_system(&vm, host);
         s.planned.insert(id, vm);
         s.notify(Some(host), CREATED, target, None);
@@ -213,6 +245,7 @@ impl Vm {
             disks: Vec::new(),
             checkpoints: Vec::new(),
             last_applied: None,
+            current: None,
             reference_points: Vec::new(),
             merges: Vec::new(),
             folder,
@@ -229,6 +262,17 @@ impl Vm {
     }
 }
 
+/// Gives the checkpoints of a planned VM GUIDs of their own.
+fn rename_checkpoints(s: &mut State, vm: &mut Vm) {
+    let new: Vec<(Uuid, Uuid)> = vm.checkpoints.iter().map(|c| (c.id, s.new_guid())).collect();
+    let renamed = |id: Uuid| new.iter().find(|(old, _)| *old == id).map_or(id, |(_, new)| *new);
+    for checkpoint in &mut vm.checkpoints {
+        checkpoint.id = renamed(checkpoint.id);
+        checkpoint.parent = checkpoint.parent.map(renamed);
+    }
+    vm.current = vm.current.map(renamed);
+}
+
 /// Checkpoints of a planned VM: those whose definitions are in the folder, and the missing ones.
 fn planned_checkpoints(ancestors: &[(Uuid, String)], folder: &Path) -> Vec<Checkpoint> {
     let checkpoint = |(id, name): &(Uuid, String)| {
@@ -241,6 +285,9 @@ fn planned_checkpoints(ancestors: &[(Uuid, String)], folder: &Path) -> Vec<Check
             created: now(),
             disks: Vec::new(),
             parent: None,
+            notes: String::new(),
+            saved: false,
+            file_id: *id,
             missing: true,
         })
     };
@@ -256,7 +303,9 @@ fn read_checkpoint(id: Uuid, folder: &Path) -> Option<Checkpoint> {
     let definition: Definition = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
     let name = definition.own_name?;
     let disks = definition.disks.into_iter();
-    let disks = disks.filter_map(|d| Some(FrozenDisk { disk: d.id, path: d.path?, mark: None }));
+    let disks = disks.filter_map(|d| {
+        Some(FrozenDisk { disk: d.id, path: d.path?, chain: Vec::new(), mark: None })
+    });
     Some(Checkpoint {
         id,
         name,
@@ -265,6 +314,9 @@ fn read_checkpoint(id: Uuid, folder: &Path) -> Option<Checkpoint> {
         created: now(),
         disks: disks.collect(),
         parent: definition.parent,
+        notes: definition.notes,
+        saved: definition.saved,
+        file_id: id,
         missing: false,
     })
 }
@@ -280,9 +332,9 @@ pub(crate) fn import_checkpoints(
             s.planned.get_mut(&id).ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
         let mut made = Vec::new();
         for checkpoint in planned.checkpoints.iter_mut().filter(|c| c.missing) {
-            if let Some(found) = read_checkpoint(checkpoint.id, folder) {
-                made.push(classes::checkpoint_path(found.id));
-                *checkpoint = found;
+            if let Some(found) = read_checkpoint(checkpoint.file_id, folder) {
+                made.push(classes::checkpoint_path(checkpoint.id));
+                *checkpoint = Checkpoint { id: checkpoint.id, parent: checkpoint.parent, ..found };
             }
         }
         Ok(made)
@@ -297,7 +349,10 @@ impl State {
 }
 
 /// What keeps a planned VM from being realized, one sentence per device; with the disks' facts when nothing does.
-pub(crate) fn validate(cluster: &Cluster, id: Uuid) -> Result<Vec<Disk>, JobError> {
+pub(crate) fn validate(
+    cluster: &Cluster,
+    id: Uuid,
+) -> Result<(Vec<Disk>, Vec<Checkpoint>), JobError> {
     let planned = cluster.read(|s| {
         let vm = s.planned.get(&id)?;
         let host = s.hosts.get(&vm.host)?;
@@ -307,9 +362,9 @@ pub(crate) fn validate(cluster: &Cluster, id: Uuid) -> Result<Vec<Disk>, JobErro
                 format!("Configuration version '{}' is not supported on this host.", vm.version);
             problems.push((classes::checkpoint_path(vm.id), text));
         }
-        Some((vm.disks.clone(), problems))
+        Some((vm.disks.clone(), vm.checkpoints.clone(), problems))
     });
-    let (mut planned, mut problems) =
+    let (mut planned, mut checkpoints, mut problems) =
         planned.ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
     for disk in planned.iter_mut().filter(|d| d.is_virtual()) {
         let Some(path) = disk.leaf().map(Path::to_owned) else { continue };
@@ -334,8 +389,19 @@ pub(crate) fn validate(cluster: &Cluster, id: Uuid) -> Result<Vec<Disk>, JobErro
             Err(e) => tracing::debug!(error = %e, "reported above"),
         }
     }
+    for checkpoint in &mut checkpoints {
+        for disk in &mut checkpoint.disks {
+            match outrider_disk::DiskChain::open(&disk.path) {
+                Ok(chain) => disk.chain = chain.files().into_iter().rev().collect(),
+                Err(e) => {
+                    let text = format!("checkpoint {:?}: {e}", checkpoint.name);
+                    problems.push((classes::checkpoint_path(checkpoint.id), text));
+                }
+            }
+        }
+    }
     if problems.is_empty() {
-        return Ok(planned);
+        return Ok((planned, checkpoints));
     }
     // The description is of no use; what is wrong is in the job's errors.
     Err(JobError {
@@ -344,14 +410,36 @@ pub(crate) fn validate(cluster: &Cluster, id: Uuid) -> Result<Vec<Disk>, JobErro
     })
 }
 
+/// The files of imported checkpoints under their GUIDs, their definitions with the paths of now.
+fn keep_checkpoint_files(vm: &mut Vm) -> Result<(), LabError> {
+    for at in 0..vm.checkpoints.len() {
+        let (id, old) = (vm.checkpoints[at].id, vm.checkpoints[at].file_id);
+        vm.checkpoints[at].file_id = id;
+        let (from, to) = (checkpoint_stem(vm, old), checkpoint_stem(vm, id));
+        for extension in ["vmrs", "vmgs"] {
+            let (from, to) = (from.with_extension(extension), to.with_extension(extension));
+            if from != to && from.exists() {
+                std::fs::rename(&from, &to).map_err(LabError::io("rename", from))?;
+            }
+        }
+        write_definition(vm, &to, Some(id))?;
+        if from != to {
+            remove_set(&from);
+        }
+    }
+    Ok(())
+}
+
 /// Turns a planned VM into a real one. Blocks.
 pub(crate) fn realize(cluster: &Cluster, id: Uuid) -> Result<(), JobError> {
-    let disks = validate(cluster, id)?;
+    let (disks, checkpoints) = validate(cluster, id)?;
     cluster.change(|s| {
         let mut vm =
             s.planned.remove(&id).ok_or_else(|| JobError::new(32773, "no such planned VM"))?;
         s.notify(Some(&vm.host), DELETED, classes::planned_system(&vm, &vm.host), None);
         vm.disks = disks;
+        vm.checkpoints = checkpoints;
+        keep_checkpoint_files(&mut vm)?;
         // Hyper-V keeps the definition where it was told to, and removes the one that was imported only if it lies there.
         write_vm_files(&vm)?;
         let (host, target) = (vm.host.clone(), classes::computer_system(&vm));

@@ -28,9 +28,8 @@ impl State {
             return Some(Obstacle::Stuck);
         }
         merge.frozen.iter().find_map(|(disk, frozen)| {
-            let child = vm.disk(*disk).and_then(|d| child_of(&d.chain, frozen));
-            let files = [Some(frozen.as_path()), child];
-            files.into_iter().flatten().find_map(|file| {
+            let children = vm.children_of(*disk, frozen);
+            std::iter::once(frozen.as_path()).chain(children).find_map(|file| {
                 self.readers_of(file).next().map(|reader| {
                     Obstacle::Readers(format!(
                         "{} is open on host {} (0x80070020)",
@@ -41,11 +40,6 @@ impl State {
             })
         })
     }
-}
-
-fn child_of<'a>(chain: &'a [PathBuf], frozen: &Path) -> Option<&'a Path> {
-    let at = chain.iter().position(|p| p == frozen)?;
-    chain.get(at + 1).map(PathBuf::as_path)
 }
 
 /// Starts the merge that was noted under `merge`.
@@ -100,12 +94,7 @@ fn merge_now(cluster: &Cluster, vm_id: Uuid, merge_id: u64) -> Result<(), LabErr
     });
     let Some(merge) = merge else { return Ok(()) };
     for (disk, frozen) in &merge.frozen {
-        let (chain, runs) = cluster.read(|s| {
-            let vm = s.vm(vm_id)?;
-            let chain = vm.disk(*disk).map(|d| d.chain.clone()).unwrap_or_default();
-            Ok::<_, LabError>((chain, vm.power.holds_disks()))
-        })?;
-        merge_disk(cluster, &mut io, vm_id, *disk, frozen, &chain, runs)?;
+        settle(cluster, &mut io, vm_id, *disk, frozen)?;
     }
     cluster.change(|s| {
         s.vm_mut(vm_id)?.merges.retain(|m| m.id != merge_id);
@@ -114,31 +103,78 @@ fn merge_now(cluster: &Cluster, vm_id: Uuid, merge_id: u64) -> Result<(), LabErr
     })
 }
 
+/// Whatever a file that no checkpoint freezes any more has to become: its only child goes into it; without any child it is
+/// of no use, nor perhaps are its parents; of several children it stays the parent.
+fn settle(
+    cluster: &Cluster,
+    io: &mut VmIo,
+    vm_id: Uuid,
+    disk: Uuid,
+    frozen: &Path,
+) -> Result<(), LabError> {
+    let mut frozen = frozen.to_owned();
+    loop {
+        let (kept, children, parent) = cluster.read(|s| {
+            let vm = s.vm(vm_id)?;
+            let is_leaf = vm.disk(disk).is_some_and(|d| d.leaf() == Some(&frozen));
+            let children: Vec<PathBuf> =
+                vm.children_of(disk, &frozen).into_iter().map(Path::to_owned).collect();
+            let parents = vm.chains(disk).flat_map(|c| c.iter().zip(c.iter().skip(1)));
+            let parent = parents.filter(|(_, c)| **c == frozen).map(|(p, _)| p.clone()).next();
+            Ok::<_, LabError>((is_leaf || vm.is_frozen(disk, &frozen), children, parent))
+        })?;
+        match children.as_slice() {
+            // Done by an earlier attempt, or taken by a checkpoint again.
+            _ if kept => return Ok(()),
+            [child] => return merge_disk(cluster, io, vm_id, disk, &frozen, child),
+            [] => {
+                let parent = parent.or_else(|| parent_on_disk(&frozen));
+                if frozen.exists() {
+                    std::fs::remove_file(&frozen).map_err(LabError::io("remove", &frozen))?;
+                }
+                match parent {
+                    Some(parent) => frozen = parent,
+                    None => return Ok(()),
+                }
+            }
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// A frozen file's chain went with its checkpoint: the file itself tells its parent.
+fn parent_on_disk(file: &Path) -> Option<PathBuf> {
+    outrider_disk::DiskChain::open(file).ok()?.files().into_iter().nth(1)
+}
+
 fn merge_disk(
     cluster: &Cluster,
     io: &mut VmIo,
     vm_id: Uuid,
     disk: Uuid,
     frozen: &Path,
-    chain: &[PathBuf],
-    runs: bool,
+    child: &Path,
 ) -> Result<(), LabError> {
-    // Done by an earlier attempt.
-    let Some(child) = child_of(chain, frozen) else { return Ok(()) };
+    let (grandchildren, runs) = cluster.read(|s| {
+        let vm = s.vm(vm_id)?;
+        let children = vm.children_of(disk, child).into_iter().map(Path::to_owned);
+        Ok::<_, LabError>((children.collect::<Vec<PathBuf>>(), vm.power.holds_disks()))
+    })?;
     io.close(disk)?;
     io.changed(disk);
-    let merged = merge_child_into_parent(child, frozen).and_then(|_| {
-        child_of(chain, child).map_or(Ok(()), |grandchild| set_parent(grandchild, frozen))
-    });
+    let merged = merge_child_into_parent(child, frozen)
+        .and_then(|_| grandchildren.iter().try_for_each(|g| set_parent(g, frozen)));
     if merged.is_ok() {
         cluster.change(|s| {
             let vm = s.vm_mut(vm_id)?;
             for disk in vm.disks.iter_mut().filter(|d| d.id == disk) {
                 disk.chain.retain(|p| p != child);
             }
-            let frozen_by_later = vm.checkpoints.iter_mut().flat_map(|c| &mut c.disks);
-            for d in frozen_by_later.filter(|d| d.path == child) {
-                d.path = frozen.to_owned();
+            for d in vm.checkpoints.iter_mut().flat_map(|c| &mut c.disks) {
+                d.chain.retain(|p| p != child);
+                if d.path == child {
+                    d.path = frozen.to_owned();
+                }
             }
             let merged_later = vm.merges.iter_mut().flat_map(|m| &mut m.frozen);
             for (_, path) in merged_later.filter(|(_, path)| path == child) {

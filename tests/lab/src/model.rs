@@ -129,6 +129,8 @@ pub(crate) struct Vm {
     pub(crate) disks: Vec<Disk>,
     pub(crate) checkpoints: Vec<Checkpoint>,
     pub(crate) last_applied: Option<Uuid>,
+    /// The checkpoint that it follows now: the newest, or the one that was applied.
+    pub(crate) current: Option<Uuid>,
     pub(crate) reference_points: Vec<ReferencePoint>,
     pub(crate) merges: Vec<Merge>,
     /// Its folder: configuration files below `Virtual Machines` and `Snapshots`.
@@ -193,6 +195,11 @@ pub(crate) struct Checkpoint {
     pub(crate) created: u64,
     pub(crate) disks: Vec<FrozenDisk>,
     pub(crate) parent: Option<Uuid>,
+    pub(crate) notes: String,
+    /// It carries a saved state.
+    pub(crate) saved: bool,
+    /// Of a planned VM: the GUID that its files are named by.
+    pub(crate) file_id: Uuid,
     /// Of a planned VM: its definition file was not found.
     pub(crate) missing: bool,
 }
@@ -204,6 +211,8 @@ pub(crate) struct FrozenDisk {
     pub(crate) disk: Uuid,
     /// File that is frozen; its parents are, too.
     pub(crate) path: PathBuf,
+    /// It and its parents, base first.
+    pub(crate) chain: Vec<PathBuf>,
     /// Name of this moment in change tracking; only recovery checkpoints have one.
     pub(crate) mark: Option<String>,
 }
@@ -237,17 +246,37 @@ impl Vm {
         self.disks.iter().find(|d| d.id == id)
     }
 
+    /// Every chain of a disk: its own, and those that checkpoints froze.
+    pub(crate) fn chains(&self, disk: Uuid) -> impl Iterator<Item = &Vec<PathBuf>> {
+        let frozen = self.checkpoints.iter().flat_map(|c| &c.disks);
+        let frozen = frozen.filter(move |f| f.disk == disk).map(|f| &f.chain);
+        self.disk(disk).map(|d| &d.chain).into_iter().chain(frozen)
+    }
+
+    /// The files that were made from a file of a disk.
+    pub(crate) fn children_of(&self, disk: Uuid, parent: &Path) -> Vec<&Path> {
+        let mut children: Vec<&Path> = self
+            .chains(disk)
+            .flat_map(|chain| chain.iter().zip(chain.iter().skip(1)))
+            .filter(|(p, _)| *p == parent)
+            .map(|(_, child)| child.as_path())
+            .collect();
+        children.sort();
+        children.dedup();
+        children
+    }
+
+    /// Whether a checkpoint keeps a file as it is.
+    pub(crate) fn is_frozen(&self, disk: Uuid, path: &Path) -> bool {
+        self.checkpoints.iter().flat_map(|c| &c.disks).any(|f| f.disk == disk && f.path == path)
+    }
+
     /// Files that a pending merge reads or writes.
     pub(crate) fn merging(&self, path: &Path) -> bool {
-        self.merges.iter().flat_map(|m| &m.frozen).any(|(disk, frozen)| {
-            frozen == path
-                || self.disk(*disk).is_some_and(|d| {
-                    d.chain
-                        .iter()
-                        .zip(d.chain.iter().skip(1))
-                        .any(|(p, c)| p == frozen && c == path)
-                })
-        })
+        self.merges
+            .iter()
+            .flat_map(|m| &m.frozen)
+            .any(|(disk, frozen)| frozen == path || self.children_of(*disk, frozen).contains(&path))
     }
 
     /// Whether the hypervisor is writing to this file.

@@ -114,6 +114,7 @@ fn policy(policy: &Policy) -> rpc::Policy {
         before_command: String::new(),
         after_command: String::new(),
         command_failure_fails: false,
+        flat_checkpoints: policy.flat_checkpoints,
     }
 }
 

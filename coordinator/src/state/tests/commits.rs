@@ -87,6 +87,7 @@ fn an_incarnation_raised_by_another_job_supersedes_the_commit() {
         disconnect: false,
         discard_saved_state: false,
         with_checkpoints: false,
+        checkpoint: String::new(),
         keep_replaced: false,
         boot_check: None,
     };

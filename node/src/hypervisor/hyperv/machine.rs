@@ -71,7 +71,10 @@ impl HyperV {
         Ok(found.iter().filter_map(switch).collect())
     }
 
-    async fn security_at(&self, parts: &[Object]) -> Result<Option<Security>, HypervisorError> {
+    pub(super) async fn security_at(
+        &self,
+        parts: &[Object],
+    ) -> Result<Option<Security>, HypervisorError> {
         let Some(settings) = parts.iter().find(|o| o.class == SECURITY) else { return Ok(None) };
         let on = |name| settings.bool(name).unwrap_or(false);
         if !(on("TpmEnabled") || on("ShieldingRequested") || on("KsdEnabled")) {

@@ -10,12 +10,11 @@ use tokio::time::Instant;
 use super::HyperV;
 use super::import::TURN_OFF;
 use super::snapshot::files_of;
+use super::user_checkpoints::USER_CHECKPOINT;
 use super::wql::{self, REALIZED, SETTINGS, literal};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::{Power, SetAside, VmState};
 use crate::lease::Lease;
-
-const USER_CHECKPOINT: &str = "Microsoft:Hyper-V:Snapshot:Realized";
 
 impl HyperV {
     pub(super) async fn set_vm_aside(

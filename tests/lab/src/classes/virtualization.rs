@@ -106,7 +106,8 @@ pub(super) fn associated(state: &State, host: &str, source: &Object, assoc: &str
                     out.extend(applied.map(|c| checkpoint_settings(vm, c)));
                 }
                 if is("Msvm_MostCurrentSnapshotInBranch") {
-                    out.extend(vm.checkpoints.last().map(|c| checkpoint_settings(vm, c)));
+                    let current = vm.checkpoints.iter().filter(|c| Some(c.id) == vm.current);
+                    out.extend(current.map(|c| checkpoint_settings(vm, c)));
                 }
                 if is("Msvm_ReferencePointOfVirtualSystem") {
                     out.extend(vm.reference_points.iter().map(|r| reference_point(vm, r)));
@@ -245,6 +246,9 @@ fn checkpoint_settings(vm: &Vm, c: &Checkpoint) -> Object {
     let object =
         settings(vm, c.id, &format!("Microsoft:Hyper-V:Snapshot:{kind}"), CHECKPOINT_FOLDER)
             .with("ElementName", c.name.as_str())
+            .with("Notes", vec![c.notes.as_str()])
+            .with("IsSaved", c.saved)
+            .with("IsAutomaticSnapshot", false)
             .with("CreationTime", datetime(c.created));
     match c.parent {
         Some(parent) => object.with("Parent", checkpoint_path(parent)),

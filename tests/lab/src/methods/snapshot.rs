@@ -131,6 +131,9 @@ fn destroy(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
             cluster.change(|s| {
                 if let Some(planned) = s.planned.get_mut(&vm) {
                     planned.checkpoints.retain(|c| c.id != checkpoint);
+                    if planned.current == Some(checkpoint) {
+                        planned.current = None;
+                    }
                 }
             });
             Ok(Vec::new())

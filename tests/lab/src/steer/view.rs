@@ -42,10 +42,19 @@ pub(super) fn describe_vm(s: &State) -> impl Fn(&Vm) -> VmState + '_ {
             .iter()
             .map(|d| DiskState { chain: d.chain.clone(), size: d.size })
             .collect(),
+        current: vm.current,
         checkpoints: vm
             .checkpoints
             .iter()
-            .map(|c| CheckpointState { id: c.id, name: c.name.clone(), recovery: c.recovery })
+            .map(|c| CheckpointState {
+                id: c.id,
+                name: c.name.clone(),
+                recovery: c.recovery,
+                parent: c.parent,
+                frozen: c.disks.iter().map(|d| d.path.clone()).collect(),
+                notes: c.notes.clone(),
+                saved: c.saved,
+            })
             .collect(),
         reference_points: vm
             .reference_points

@@ -6,7 +6,6 @@ use std::path::Path;
 use outrider_proto::ids::VmGuid;
 use outrider_proto::manifest::Switch;
 use outrider_wmi::{Object, Value, embedded};
-use uuid::Uuid;
 
 use super::odd;
 use crate::hypervisor::error::HypervisorError;
@@ -16,7 +15,7 @@ use crate::hypervisor::hyperv::machine::{
 };
 use crate::hypervisor::hyperv::snapshot::is_virtual_disk;
 use crate::hypervisor::hyperv::wql::{self, PLANNED, SETTINGS, literal, system_path};
-use crate::hypervisor::{Networks, NewVm};
+use crate::hypervisor::{Networks, NewVm, RestoredCheckpoint};
 use crate::lease::Lease;
 
 const COMPONENT: &str = "Msvm_VirtualSystemSettingDataComponent";
@@ -124,9 +123,10 @@ impl HyperV {
         }
         for settings in found {
             let name = settings.str("ElementName").unwrap_or_default();
-            let known = new.checkpoints.is_some() && !is_missing(&settings);
-            if known && let Some(id) = wql::settings_guid(&settings) {
-                self.fix_checkpoint(lease, &settings, id, new).await?;
+            if !is_missing(&settings)
+                && let Some(restored) = restored_as(&settings, &new.restored_checkpoints)
+            {
+                self.fix_checkpoint(lease, &settings, restored).await?;
                 continue;
             }
             let doing = format!("take the checkpoint {name:?} out of the planned VM");
@@ -135,9 +135,9 @@ impl HyperV {
                 None => format!(
                     "the checkpoint {name:?} was not restored: the VM has the state of the recovery point"
                 ),
-                Some(_) => {
-                    format!("the checkpoint {name:?} is not in the recovery point: it was removed")
-                }
+                Some(_) => format!(
+                    "the checkpoint {name:?} cannot be told to be one of the recovery point: it was removed"
+                ),
             });
         }
         Ok(())
@@ -147,20 +147,27 @@ impl HyperV {
         &self,
         lease: &Lease,
         settings: &Object,
-        id: Uuid,
-        new: &NewVm,
+        restored: &RestoredCheckpoint,
     ) -> Result<(), HypervisorError> {
         let reading = "read a checkpoint of the planned VM";
         let parts = self.associated(reading, &settings.path, COMPONENT, "").await?;
-        let of_it: Vec<(String, std::path::PathBuf)> = new
-            .checkpoint_disks
-            .iter()
-            .filter(|(checkpoint, ..)| *checkpoint == id)
-            .map(|(_, slot, file)| (slot.clone(), file.clone()))
-            .collect();
-        let disks = fixed_disks(&parts, |slot| file_for(&of_it, slot))?;
+        let disks = fixed_disks(&parts, |slot| file_for(&restored.disks, slot))?;
         self.modify(lease, "set the disks of a checkpoint of the planned VM", &disks).await
     }
+}
+
+/// Which restored checkpoint settings are of: by GUID, else by a name that only one has, for a VM that gets a new GUID may
+/// get checkpoints of new GUIDs.
+fn restored_as<'a>(
+    settings: &Object,
+    restored: &'a [RestoredCheckpoint],
+) -> Option<&'a RestoredCheckpoint> {
+    let id = wql::settings_guid(settings);
+    let same = restored.iter().find(|r| Some(r.id) == id);
+    same.or_else(|| {
+        let mut named = restored.iter().filter(|r| settings.str("ElementName") == Some(&r.name));
+        named.next().filter(|_| named.next().is_none())
+    })
 }
 
 /// The restored file of a slot. With a new GUID the disk part of the slot may be new, too; controller and location are not.
