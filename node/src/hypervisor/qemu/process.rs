@@ -3,6 +3,8 @@
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use outrider_process::tasks::TaskSpawner;
@@ -28,8 +30,12 @@ pub(super) fn started_with(pid: Option<i32>) -> (Vec<String>, PathBuf) {
     (argv, cwd)
 }
 
-/// Starts a VM as a process group of its own, and waits until its monitor answers.
-pub(super) async fn start(definition: &Definition, tasks: &TaskSpawner) -> Result<(), QemuError> {
+/// Starts a VM as a process group of its own, and waits until its monitor answers. What it gives becomes true when the process
+/// has ended. (The monitor is not to be connected to for that: QEMU accepts one client, and the next one waits.)
+pub(super) async fn start(
+    definition: &Definition,
+    tasks: &TaskSpawner,
+) -> Result<Arc<AtomicBool>, QemuError> {
     let log = definition.qmp.with_extension("log");
     let failed = |reason: String| QemuError::NotStarted {
         vm: definition.name.clone(),
@@ -57,6 +63,8 @@ pub(super) async fn start(definition: &Definition, tasks: &TaskSpawner) -> Resul
     // Waited for, so that it leaves no zombie; it is not ended with us.
     let name = definition.name.clone();
     let stop = tasks.token();
+    let ended = Arc::new(AtomicBool::new(false));
+    let tells = ended.clone();
     tasks.spawn(&format!("process {name}"), async move {
         loop {
             tokio::select! {
@@ -64,16 +72,17 @@ pub(super) async fn start(definition: &Definition, tasks: &TaskSpawner) -> Resul
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
             }
             match child.try_wait() {
-                Ok(None) => {}
+                Ok(None) => continue,
                 Ok(Some(status)) => {
                     tracing::info!(vm = name, %status, "a VM that a restore had started has ended");
-                    return;
                 }
-                Err(_) => return,
+                Err(_) => {}
             }
+            tells.store(true, Ordering::Release);
+            return;
         }
     });
-    Ok(())
+    Ok(ended)
 }
 
 fn spawn(definition: &Definition, log: &Path) -> std::io::Result<Child> {

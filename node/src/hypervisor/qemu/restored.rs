@@ -1,6 +1,7 @@
 //! VMs from recovery points: their definitions in the sockets folder, their processes.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use outrider_proto::ids::VmGuid;
@@ -151,12 +152,11 @@ impl Qemu {
             let Some((_, definition)) = self.definition(vm) else {
                 return Err(QemuError::NotRunning { vm });
             };
-            process::start(&definition, self.fleet.tasks()).await?;
-            // Its socket closes when it ends, which may be before anybody has looked at it.
-            let listens = || std::os::unix::net::UnixStream::connect(&definition.qmp).is_ok();
+            let ended = process::start(&definition, self.fleet.tasks()).await?;
+            // It may end before anybody has looked at it.
             let started = || match self.fleet.find(vm) {
                 Some(_) => Some(true),
-                None => (!listens()).then_some(false),
+                None => ended.load(Ordering::Acquire).then_some(false),
             };
             if !self.wait_for("see a started VM", started).await? {
                 let log = definition.qmp.with_extension("log");
