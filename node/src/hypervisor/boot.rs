@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// Most lines of a console that are told.
+#[cfg(unix)]
 pub(super) const CONSOLE_LINES: usize = 12;
 
 /// What is asked.

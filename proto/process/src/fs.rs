@@ -279,6 +279,8 @@ mod tests {
         create_dir_durable(&deep).expect("made");
         create_dir_durable(&deep).expect("there already");
         assert!(deep.is_dir());
+        // Windows, where no storage node runs, has no answer.
+        #[cfg(unix)]
         assert!(free_space(&deep).is_ok_and(|free| free > 0));
     }
 
