@@ -113,7 +113,7 @@ impl Cli {
             Command::Disk(command) => disk::run(command, json).await,
             Command::Coordinator(args) => crate::roles::coordinator(args).await,
             Command::Storage(StorageArgs { command: Some(command), .. }) => {
-                offline::storage(command, json)
+                offline::storage(command, json).await
             }
             Command::Storage(StorageArgs { role: Some(role), .. }) => {
                 crate::roles::storage(role).await

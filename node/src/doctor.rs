@@ -1,5 +1,7 @@
 //! `outrider node doctor`: a host compared with what backups need of it. It only reads.
 
+mod paths;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,6 +85,9 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
     }
     for address in &config.coordinators {
         out.push(coordinator(address).await);
+    }
+    if !config.coordinators.is_empty() {
+        out.extend(paths::storage(config).await);
     }
     out
 }

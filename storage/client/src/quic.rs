@@ -1,5 +1,6 @@
 //! [`ChunkTransport`] over QUIC: mutual TLS, one connection a session, one bidirectional stream a request.
 
+pub mod probe;
 mod session;
 mod socket;
 pub mod tuning;
@@ -58,13 +59,24 @@ impl QuicTransport {
         role: ClientRole,
         limits: &Limits,
     ) -> Result<Self, TransportError> {
+        Self::with(identity, fabric, role, limits, tuning::client(limits))
+    }
+
+    /// As [`Self::new`], with other settings.
+    fn with(
+        identity: &Identity,
+        fabric: FabricId,
+        role: ClientRole,
+        limits: &Limits,
+        settings: quinn::TransportConfig,
+    ) -> Result<Self, TransportError> {
         let unusable = |why: String| TransportError::Unreachable {
             node: "any".to_owned(),
             address: "the local UDP socket".to_owned(),
             why,
         };
         let config = identity
-            .quinn_client(&[ALPN], Arc::new(tuning::client(limits)))
+            .quinn_client(&[ALPN], Arc::new(settings))
             .map_err(|e| unusable(e.to_string()))?;
         let mut endpoint = endpoint(None, None).map_err(|e| unusable(e.to_string()))?;
         endpoint.set_default_client_config(config.clone());
