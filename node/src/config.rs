@@ -132,6 +132,12 @@ pub struct JobTimes {
     /// How long a volume in redirected mode, which is not its usual one, is waited for before the job goes on.
     #[serde(with = "humantime_serde")]
     pub redirected_patience: Duration,
+    /// How often the hypervisor is looked at as a whole, for events that were lost without a word.
+    #[serde(with = "humantime_serde")]
+    pub inventory_interval: Duration,
+    /// How long a volume whose I/O stands still, or a disk that somebody else holds, is waited for.
+    #[serde(with = "humantime_serde")]
+    pub volume_patience: Duration,
     /// How long one WMI job may take.
     #[serde(with = "humantime_serde")]
     pub hypervisor_job: Duration,
@@ -157,6 +163,8 @@ impl Default for JobTimes {
             busy_ceiling: Duration::from_secs(60),
             busy_patience: Duration::from_secs(600),
             redirected_patience: Duration::from_secs(300),
+            inventory_interval: Duration::from_secs(300),
+            volume_patience: Duration::from_secs(300),
             hypervisor_job: Duration::from_secs(1800),
             merge_wait: Duration::from_secs(600),
             vm_wait: Duration::from_secs(60),

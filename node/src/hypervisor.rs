@@ -129,8 +129,8 @@ pub struct Inventory {
 pub enum Change {
     /// A VM appeared or changed.
     Seen(Box<VmSeen>),
-    /// A VM is not on this host any more.
-    Gone(VmGuid),
+    /// A VM is not on this host any more, in the role that it had.
+    Gone(VmGuid, ReplicaRole),
     /// The cluster database names another owner.
     Owner(VmGuid, String),
     /// A cluster member went up or down.
@@ -169,7 +169,8 @@ impl VmState {
     /// Whether it is being moved right now.
     #[must_use]
     pub fn is_migrating(&self) -> bool {
-        self.operation == 32774
+        // On the source, and on the target.
+        matches!(self.operation, 32774 | 32780)
     }
 
     /// Whether its storage is being moved.

@@ -64,7 +64,7 @@ async fn watch_once(
             Some(message) => up.send(What::Change(message)).await.is_ok(),
             None => send_inventory(agent, wire, up).await?,
         };
-        if let Change::Gone(vm) = change {
+        if let Change::Gone(vm, _) = change {
             tracing::info!(%vm, "a VM left this host");
         }
         if !going_on {

@@ -95,8 +95,7 @@ impl Wire {
         use rpc::vm_change::What;
         let what = match change {
             Change::Seen(vm) => What::Seen(self.facts(vm)),
-            // The role is not known any more; the GUID and realm are.
-            Change::Gone(vm) => What::Gone(self.key(*vm, ReplicaRole::None)),
+            Change::Gone(vm, role) => What::Gone(self.key(*vm, *role)),
             Change::Owner(vm, owner) => What::Owner(rpc::OwnerChange {
                 vm: Some(self.key(*vm, ReplicaRole::None)),
                 owner: owner.clone(),

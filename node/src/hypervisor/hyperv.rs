@@ -68,6 +68,8 @@ pub struct HyperV {
     times: JobTimes,
     usual: Arc<volumes::UsualAccess>,
     known: Arc<disks::KnownDisks>,
+    /// This host's name, once it was told.
+    this: Arc<tokio::sync::OnceCell<String>>,
 }
 
 impl HyperV {
@@ -82,7 +84,14 @@ impl HyperV {
     /// The Hyper-V that `wmi` speaks to, of the host whose files `files` opens.
     #[must_use]
     pub fn new(wmi: Arc<dyn Wmi>, files: Arc<dyn HostFiles>, times: JobTimes) -> Self {
-        Self { wmi, files, times, usual: Arc::default(), known: Arc::default() }
+        Self {
+            wmi,
+            files,
+            times,
+            usual: Arc::default(),
+            known: Arc::default(),
+            this: Arc::default(),
+        }
     }
 }
 

@@ -228,6 +228,11 @@ impl LabControl {
         self.ask(Command::ResumeHost { host: host.into() }).await
     }
 
+    /// WMI's service on a host restarts: its agent's connections and subscriptions end.
+    pub async fn restart_wmi(&self, host: &str) -> Result<(), ControlError> {
+        self.ask(Command::RestartWmi { host: host.into() }).await
+    }
+
     /// What migrations do to recovery checkpoints from now on.
     pub async fn set_checkpoint_on_migration(
         &self,

@@ -52,6 +52,7 @@ impl Cluster {
                 started: now().saturating_sub(3600),
                 connections: 0,
                 life: CancellationToken::new(),
+                wmi: CancellationToken::new(),
                 equipment: Equipment::of(name),
             };
             (name.clone(), host)
@@ -68,6 +69,7 @@ impl Cluster {
             holds: Vec::new(),
             gates: Vec::new(),
             open_files: Default::default(),
+            paused_reads: Default::default(),
             bytes_read: Default::default(),
             calls: Default::default(),
             truth: Vec::new(),

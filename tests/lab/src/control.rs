@@ -281,8 +281,40 @@ pub enum FaultKind {
         /// As the error of a job (true) or as a return value (false).
         as_job: bool,
     },
-    /// Events are not delivered.
+    /// Events are not delivered, and nobody is told.
     DropEvents,
+    /// Events of one provider wait until this is cleared, then all arrive in their order: reads are ahead of them.
+    HoldEvents {
+        /// The failover cluster's (true) or the hypervisor's (false).
+        cluster: bool,
+    },
+    /// Events are ahead of reads: a VM that moved is read as if it were where it was before its move.
+    LateReads,
+    /// Events are ahead of reads of the cluster's database: a group that moved is read with the owner before.
+    LateClusterReads,
+    /// Instead of an event its subscriber hears that events were lost.
+    OverflowEvents,
+    /// Instead of an event its subscription ends.
+    EndSubscriptions,
+    /// WMI answers nothing, as for a while after its service or the host was started.
+    WmiAway,
+    /// Reads from a CSV stand still.
+    CsvPaused {
+        /// Name of the CSV.
+        csv: String,
+    },
+    /// Reads from a CSV fail, as when its pause took too long (5979).
+    CsvFails {
+        /// Name of the CSV.
+        csv: String,
+        /// Windows' code.
+        code: u32,
+    },
+    /// Opening such a file meets a sharing violation.
+    FileBusy {
+        /// How its name ends.
+        ends_with: String,
+    },
 }
 
 /// When a held method is held.
@@ -350,6 +382,11 @@ pub enum WaitFor {
         /// Gate id.
         gate: u64,
     },
+    /// A reader waits for a paused CSV.
+    ReadsPaused {
+        /// Name of the CSV.
+        csv: String,
+    },
     /// A call is held by this hold.
     MethodHeld {
         /// Hold id.
@@ -397,6 +434,7 @@ pub(crate) enum Command {
     StartHost { host: String },
     DrainHost { host: String },
     ResumeHost { host: String },
+    RestartWmi { host: String },
     SetCheckpointOnMigration(CheckpointOnMigration),
     TruthList { vm: String },
     Compare { disk_path: PathBuf, checkpoint: Uuid, disk: usize },

@@ -179,6 +179,23 @@ pub(crate) fn start(cluster: &Cluster, name: &str) -> Result<(), LabError> {
     })
 }
 
+/// Takes new VMs again.
+pub(crate) fn resume(cluster: &Cluster, name: &str) -> Result<(), LabError> {
+    cluster.change(|s| {
+        s.host_mut(name)?.paused = false;
+        s.announce_node(name, 2);
+        Ok(())
+    })
+}
+
+/// WMI's service on a host restarts: every connection of its agent's WMI ends, calls in flight have an unknown outcome.
+pub(crate) fn restart_wmi(cluster: &Cluster, name: &str) -> Result<(), LabError> {
+    cluster.change(|s| {
+        std::mem::take(&mut s.host_mut(name)?.wmi).cancel();
+        Ok(())
+    })
+}
+
 /// No new VMs come to the host, and its own are live-migrated away, one after the other. Gives the VMs that stayed and
 /// why.
 pub(crate) async fn drain(
@@ -187,6 +204,7 @@ pub(crate) async fn drain(
 ) -> Result<Vec<(String, String)>, LabError> {
     let vms = cluster.change(|s| {
         s.host_mut(name)?.paused = true;
+        s.announce_node(name, 0);
         Ok::<_, LabError>(
             s.vms.values().filter(|v| v.host == name).map(|v| v.id).collect::<Vec<_>>(),
         )

@@ -239,6 +239,7 @@ impl Vm {
             version: "10.0".into(),
             host: host.to_owned(),
             owner: None,
+            before: Default::default(),
             power: Power::Off,
             busy: None,
             migration: None,

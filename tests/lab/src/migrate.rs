@@ -128,6 +128,7 @@ fn still_moving(s: &State, id: Uuid, target: &str) -> Result<(), LabError> {
 fn hand_over_group(s: &mut State, id: Uuid, target: &str) -> Result<(), LabError> {
     still_moving(s, id, target)?;
     let before = s.vm_mut(id)?.owner.replace(target.to_owned());
+    s.vm_mut(id)?.before.owner.clone_from(&before);
     match before {
         Some(before) => s.announce_group(id, Some(&before)),
         // Not clustered: no group to hand over.
@@ -150,6 +151,7 @@ fn hand_over_vm(
     let gone = classes::computer_system(vm);
     let planned = classes::planned_system(vm, target);
     vm.host = target.to_owned();
+    vm.before.host = Some(source.to_owned());
     let lost = match vm.recovery_checkpoint().map(|c| c.id) {
         Some(checkpoint) if loses => Some(checkpoint::take_out(vm, checkpoint, None, merge)?),
         _ => None,

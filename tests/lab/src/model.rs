@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::config::{CheckpointOnMigration, CsvConfig};
-use crate::control::{CallRecord, FileBytes, TruthRecord};
+use crate::control::{CallRecord, FaultKind, FileBytes, TruthRecord};
 use crate::disks::VmIo;
 use crate::error::LabError;
 use crate::faults::{ActiveFault, Hold};
@@ -33,6 +33,8 @@ pub(crate) struct State {
     pub(crate) holds: Vec<Hold>,
     pub(crate) gates: Vec<Gate>,
     pub(crate) open_files: BTreeMap<u64, OpenFile>,
+    /// Open files whose reader waits for a paused CSV, and which.
+    pub(crate) paused_reads: BTreeMap<u64, String>,
     pub(crate) bytes_read: BTreeMap<(String, PathBuf), FileBytes>,
     pub(crate) calls: VecDeque<CallRecord>,
     pub(crate) truth: Vec<TruthRecord>,
@@ -65,6 +67,8 @@ pub(crate) struct Host {
     pub(crate) connections: usize,
     /// Cancelled when the host crashes: its agent connections end.
     pub(crate) life: CancellationToken,
+    /// Cancelled when its WMI service restarts: connections of agents' WMI end, files stay open.
+    pub(crate) wmi: CancellationToken,
     /// Switches, versions, guardians.
     pub(crate) equipment: Equipment,
 }
@@ -123,6 +127,8 @@ pub(crate) struct Vm {
     pub(crate) host: String,
     /// Owner node of its cluster group; `None` when not clustered.
     pub(crate) owner: Option<String>,
+    /// Host and owner before its last move, which reads that lag still show.
+    pub(crate) before: Before,
     pub(crate) power: Power,
     pub(crate) busy: Option<Busy>,
     pub(crate) migration: Option<Migration>,
@@ -151,6 +157,13 @@ pub(crate) struct Vm {
     pub(crate) cluster_failures: u32,
     /// The bytes; locked only on threads that may block, and never while the state is locked.
     pub(crate) io: Arc<Mutex<VmIo>>,
+}
+
+/// Where a VM was before its last move.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Before {
+    pub(crate) host: Option<String>,
+    pub(crate) owner: Option<String>,
 }
 
 /// A guest that writes all the time.
@@ -349,6 +362,20 @@ impl State {
         all()
             .find(|vm| vm.disks.iter().any(|d| d.chain.iter().any(|p| p == path)))
             .or_else(|| all().find(|vm| path.starts_with(&vm.folder)))
+    }
+
+    /// The host on which reads show a VM.
+    pub(crate) fn shown_on<'a>(&self, vm: &'a Vm) -> &'a str {
+        let before = vm.before.host.as_deref();
+        let late = || self.ails(Some(vm.id), None, |k| *k == FaultKind::LateReads);
+        before.filter(|_| late()).unwrap_or(&vm.host)
+    }
+
+    /// The owner of a VM's group as the cluster's database is read.
+    pub(crate) fn shown_owner<'a>(&self, vm: &'a Vm) -> Option<&'a str> {
+        let before = vm.before.owner.as_deref();
+        let late = || self.ails(Some(vm.id), None, |k| *k == FaultKind::LateClusterReads);
+        before.filter(|_| late()).or(vm.owner.as_deref())
     }
 
     pub(crate) fn notify(

@@ -20,10 +20,14 @@ use crate::control::FaultKind;
 use crate::error::LabError;
 use crate::host_path::host_path;
 use crate::methods::{self, Args, Call};
-use crate::model::Notice;
+use crate::model::{Notice, State};
 use crate::steer;
 use crate::wql::Query;
 
+/// Status of a provider that is not there yet.
+const EPT_S_NOT_REGISTERED: u32 = 1753;
+/// Status of a subscription that WMI gave up.
+const WBEM_E_CALL_CANCELLED: u32 = 0x8004_1032;
 /// Calls in flight on one connection; the next one is read when one of them is done.
 const IN_FLIGHT: usize = 256;
 /// Replies waiting for the socket.
@@ -176,10 +180,11 @@ async fn session(
         cluster.change(|s| {
             let host = s.hosts.get_mut(name)?;
             host.connections += 1;
-            Some(host.life.clone())
+            Some((host.life.clone(), host.wmi.clone()))
         })
     });
-    let life = life.unwrap_or_default();
+    let (life, wmi) = life.unwrap_or_default();
+    let speaks_wmi = matches!(role, Role::Host(_));
     let session = Arc::new(Session {
         cluster: cluster.clone(),
         role,
@@ -195,6 +200,7 @@ async fn session(
         tokio::select! {
             () = cluster.cancel.cancelled() => break,
             () = life.cancelled() => break,
+            () = wmi.cancelled(), if speaks_wmi => break,
             Some(_) = calls.join_next() => {}
             request = requests.recv(), if calls.len() < IN_FLIGHT => match request {
                 Some(request) => {
@@ -262,6 +268,7 @@ impl Session {
 
     async fn ask(&self, host: &str, ask: Ask) -> Result<Answer, Refusal> {
         let cluster = &self.cluster;
+        self.answers(host)?;
         match ask {
             Ask::Query { namespace, wql } => {
                 cluster.read(|s| classes::query(s, host, &namespace, &wql)).map(Answer::Objects)
@@ -306,6 +313,9 @@ impl Session {
                     return Ok(Answer::Granted(0));
                 }
                 loop {
+                    if let Some(code) = self.cluster.change(|s| s.failing_read(id)) {
+                        return Err(Refusal::Paused { what: "a read".into(), code });
+                    }
                     if let Some(granted) = self.cluster.change(|s| s.grant(id, length)) {
                         return Ok(Answer::Granted(granted));
                     }
@@ -340,12 +350,25 @@ impl Session {
         }
     }
 
+    /// Refuses while WMI of this host is away.
+    fn answers(&self, host: &str) -> Result<(), Refusal> {
+        match self.cluster.read(|s| s.ails(None, Some(host), |k| *k == FaultKind::WmiAway)) {
+            true => {
+                Err(Refusal::Paused { what: format!("WMI of {host}"), code: EPT_S_NOT_REGISTERED })
+            }
+            false => Ok(()),
+        }
+    }
+
     /// Confirms a subscription and delivers its events until the connection ends.
     async fn subscribe(&self, id: u64, namespace: &str, wql: &str) {
         let Role::Host(host) = &self.role else {
             let refusal = methods::invalid(wql, "only agents subscribe");
             return reply(&self.outgoing, id, Answer::Failed(refusal)).await;
         };
+        if let Err(refusal) = self.answers(host) {
+            return reply(&self.outgoing, id, Answer::Failed(refusal)).await;
+        }
         let query = match Query::parse(wql) {
             Ok(query) => query,
             Err(e) => {
@@ -359,14 +382,41 @@ impl Session {
         loop {
             let body = match events.recv().await {
                 Ok(notice) => match self.heard(host, namespace, &query, &notice) {
-                    Some(event) => Answer::Event(event),
+                    Some(event) => match self.delivered(host, namespace, event).await {
+                        Some(answer) => answer,
+                        None => continue,
+                    },
                     None => continue,
                 },
                 Err(broadcast::error::RecvError::Lagged(_)) => Answer::EventsLost,
                 Err(broadcast::error::RecvError::Closed) => return,
             };
+            let ends = matches!(body, Answer::Failed(_));
             reply(&self.outgoing, id, body).await;
+            if ends {
+                return;
+            }
         }
+    }
+
+    /// What becomes of an event on its way: it may have to wait, get lost with or without a word, or end its subscription.
+    async fn delivered(&self, host: &str, namespace: &str, event: Object) -> Option<Answer> {
+        let of_cluster = namespace.eq_ignore_ascii_case(outrider_wmi::NS_CLUSTER);
+        let held = FaultKind::HoldEvents { cluster: of_cluster };
+        let free = |s: &mut State| (!s.ails(None, Some(host), |k| *k == held)).then_some(());
+        self.cluster.until(free).await;
+        self.cluster.change(|s| {
+            s.strike(None, Some(host), |k| match k {
+                FaultKind::DropEvents => Some(None),
+                FaultKind::OverflowEvents => Some(Some(Answer::EventsLost)),
+                FaultKind::EndSubscriptions => Some(Some(Answer::Failed(Refusal::Paused {
+                    what: format!("the subscription of {host}"),
+                    code: WBEM_E_CALL_CANCELLED,
+                }))),
+                _ => None,
+            })
+            .unwrap_or(Some(Answer::Event(event)))
+        })
     }
 
     fn heard(&self, host: &str, namespace: &str, query: &Query, notice: &Notice) -> Option<Object> {
@@ -390,8 +440,6 @@ impl Session {
             }
             None => event,
         };
-        let dropped =
-            || self.cluster.read(|s| s.ails(None, Some(host), |k| *k == FaultKind::DropEvents));
-        (query.accepts(&event) && !dropped()).then_some(event)
+        query.accepts(&event).then_some(event)
     }
 }

@@ -179,9 +179,8 @@ async fn obey(cluster: &Arc<Cluster>, command: Command) -> Result<Json, LabError
         Command::CrashHost { host } => json(host::crash(cluster, &host).await?),
         Command::StartHost { host } => json(host::start(cluster, &host)?),
         Command::DrainHost { host } => json(host::drain(cluster, &host).await?),
-        Command::ResumeHost { host } => {
-            json(cluster.change(|s| s.host_mut(&host).map(|h| h.paused = false))?)
-        }
+        Command::ResumeHost { host } => json(host::resume(cluster, &host)?),
+        Command::RestartWmi { host } => json(host::restart_wmi(cluster, &host)?),
         Command::SetCheckpointOnMigration(switch) => {
             cluster.change(|s| s.switch = switch);
             json(())

@@ -40,8 +40,8 @@ const SAVE: u64 = 1;
 impl HyperV {
     pub(super) async fn vm_state(&self, vm: VmGuid) -> Result<VmState, HypervisorError> {
         let system = self.system(vm).await?.ok_or(HypervisorError::NoSuchVm { vm })?;
-        let owners = self.cluster_owners().await?;
-        let mut seen = seen(&system, vm, &owners);
+        let view = self.cluster_view().await?;
+        let mut seen = seen(&system, vm, &view);
         let status = |n: usize| {
             system.array("OperationalStatus").get(n).and_then(Value::as_u64).unwrap_or(0)
         };
@@ -188,6 +188,16 @@ impl HyperV {
         let wql = "SELECT LastBootUpTime FROM Win32_OperatingSystem";
         let found = self.optional(NS_CIM, "ask when the host was started", wql).await?;
         Ok(found.first().and_then(|system| system.unix_ms("LastBootUpTime")))
+    }
+
+    /// The name that Windows and its cluster have for this host; asked for until it was told once.
+    pub(super) async fn this_host(&self) -> String {
+        let wql = "SELECT CSName FROM Win32_OperatingSystem";
+        let ask = async || {
+            let found = self.wmi.query(NS_CIM, wql).await.map_err(drop)?;
+            found.first().and_then(|o| o.str("CSName")).map(str::to_owned).ok_or(())
+        };
+        self.this.get_or_try_init(ask).await.cloned().unwrap_or_default()
     }
 
     /// Build of this host, level of its cluster, and what the cluster says of it.

@@ -7,6 +7,7 @@ use outrider_wmi::{Object, WmiError};
 use uuid::Uuid;
 
 use super::HyperV;
+use super::cluster::ClusterView;
 use super::wql::{self, PLANNED, REALIZED, RESOURCE, SETTINGS, STORAGE, SYSTEM, literal};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::facts::ReplicaSide;
@@ -14,6 +15,20 @@ use crate::hypervisor::{Inventory, Power, ReplicaRole, VmSeen};
 
 impl HyperV {
     pub(super) async fn full_inventory(&self) -> Result<Inventory, HypervisorError> {
+        let (vms, view) = self.everything().await?;
+        // Also learns how each volume is usually reached.
+        self.csvs().await?;
+        let hosts = |is_up: bool| {
+            let wanted = view.hosts.iter().filter(move |(_, up)| view.speaks && **up == is_up);
+            let mut names: Vec<String> = wanted.map(|(host, _)| host.clone()).collect();
+            names.sort();
+            names
+        };
+        Ok(Inventory { nodes_up: hosts(true), nodes_down: hosts(false), vms })
+    }
+
+    /// All VMs, planned ones included, and the cluster.
+    pub(super) async fn everything(&self) -> Result<(Vec<VmSeen>, ClusterView), HypervisorError> {
         let doing = "list the VMs of this host";
         let systems = self.query(doing, &format!("SELECT * FROM {SYSTEM}")).await?;
         let planned = self.query(doing, &format!("SELECT * FROM {PLANNED}")).await?;
@@ -24,13 +39,13 @@ impl HyperV {
         let mut parts = self.query(listing, &format!("SELECT * FROM {STORAGE}")).await?;
         parts.extend(self.query(listing, &format!("SELECT * FROM {RESOURCE}")).await?);
         let parts = by_settings(parts);
-        let owners = self.cluster_owners().await?;
+        let view = self.cluster_view().await?;
         let nothing = Vec::new();
         let mut vms = Vec::new();
         for system in &systems {
             // The host itself is a computer system, too; VMs are named by GUID. Captions are translated.
             let Some(vm) = wql::named_guid(system) else { continue };
-            let mut seen = seen(system, vm, &owners);
+            let mut seen = seen(system, vm, &view);
             if let Some(settings) = settings.get(&vm.0).and_then(|s| s.first()) {
                 configured(&mut seen, settings);
             }
@@ -40,20 +55,20 @@ impl HyperV {
         for system in &planned {
             let Some(vm) = wql::named_guid(system) else { continue };
             if vms.iter().all(|v| v.guid != vm) {
-                vms.push(VmSeen { realized: false, ..seen(system, vm, &owners) });
+                vms.push(VmSeen { realized: false, ..seen(system, vm, &view) });
             }
         }
-        let (nodes_up, nodes_down) = self.cluster_nodes().await?;
-        // Also learns how each volume is usually reached.
-        self.csvs().await?;
-        Ok(Inventory { vms, nodes_up, nodes_down })
+        Ok((vms, view))
     }
 
     /// One VM that is realized here; `None` when it is not.
-    pub(super) async fn one_vm(&self, vm: VmGuid) -> Result<Option<VmSeen>, HypervisorError> {
+    pub(super) async fn one_vm(
+        &self,
+        vm: VmGuid,
+        view: &ClusterView,
+    ) -> Result<Option<VmSeen>, HypervisorError> {
         let Some(system) = self.system(vm).await? else { return Ok(None) };
-        let owners = self.cluster_owners().await?;
-        let mut seen = seen(&system, vm, &owners);
+        let mut seen = seen(&system, vm, view);
         if let Some(settings) = self.active_settings(vm).await? {
             configured(&mut seen, &settings);
             let parts = self.components(&settings).await?;
@@ -106,8 +121,8 @@ fn by_settings(objects: Vec<Object>) -> HashMap<Uuid, Vec<Object>> {
 }
 
 /// What the computer system itself tells.
-pub(super) fn seen(system: &Object, vm: VmGuid, owners: &HashMap<VmGuid, String>) -> VmSeen {
-    let owner = owners.get(&vm).cloned();
+pub(super) fn seen(system: &Object, vm: VmGuid, view: &ClusterView) -> VmSeen {
+    let (clustered, owner) = view.owner_of(vm);
     VmSeen {
         guid: vm,
         name: system.str("ElementName").unwrap_or_default().to_owned(),
@@ -118,8 +133,8 @@ pub(super) fn seen(system: &Object, vm: VmGuid, owners: &HashMap<VmGuid, String>
             Some(ReplicaSide::Primary) | None => ReplicaRole::None,
         },
         realized: true,
-        clustered: owner.is_some(),
-        cluster_owner: owner,
+        clustered,
+        cluster_owner: owner.map(str::to_owned),
         generation: 2,
         version: String::new(),
         disks: Vec::new(),

@@ -79,8 +79,8 @@ impl HyperV {
 
     async fn power_of(&self, vm: VmGuid) -> Result<Power, HypervisorError> {
         let system = self.system(vm).await?.ok_or(HypervisorError::NoSuchVm { vm })?;
-        let owners = std::collections::HashMap::new();
-        Ok(super::inventory::seen(&system, vm, &owners).power)
+        let view = super::cluster::ClusterView::default();
+        Ok(super::inventory::seen(&system, vm, &view).power)
     }
 
     async fn until(&self, vm: VmGuid, wanted: Power, verb: &str) -> Result<(), HypervisorError> {

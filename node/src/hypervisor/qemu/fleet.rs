@@ -15,7 +15,7 @@ use super::checkpoint::Checkpoints;
 use super::error::QemuError;
 use super::machine::{Machine, is_leaving};
 use super::qmp::{QmpError, QmpEvent};
-use crate::hypervisor::Change;
+use crate::hypervisor::{Change, ReplicaRole};
 
 /// How often the folder is looked at, and a silent socket tried.
 const LOOK: Duration = Duration::from_millis(500);
@@ -169,7 +169,7 @@ impl Fleet {
         // Another process of this host may have the VM now (a migration within the host).
         match self.find(machine.vm).and_then(|other| other.last()) {
             Some(other) => self.tell(Change::Seen(Box::new(other))),
-            None => self.tell(Change::Gone(machine.vm)),
+            None => self.tell(Change::Gone(machine.vm, ReplicaRole::None)),
         }
     }
 

@@ -143,6 +143,7 @@ fn io_error(refusal: Refusal) -> io::Error {
     let kind = match &refusal {
         Refusal::NotFound { .. } => io::ErrorKind::NotFound,
         Refusal::Sharing { .. } => io::ErrorKind::ResourceBusy,
+        Refusal::Paused { .. } => io::ErrorKind::TimedOut,
         Refusal::HostDown(_) => io::ErrorKind::ConnectionAborted,
         Refusal::NoNamespace(_) | Refusal::Invalid { .. } => io::ErrorKind::InvalidInput,
     };

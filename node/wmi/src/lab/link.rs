@@ -224,6 +224,13 @@ impl Pending {
         match reply.body {
             Answer::Event(event) => self.push(reply.id, Ok(event)),
             Answer::EventsLost => self.push(reply.id, Err(WmiError::EventsLost)),
+            // A subscription that was given up: its stream ends.
+            Answer::Failed(_)
+                if self.streams.contains_key(&reply.id)
+                    && !self.answers.contains_key(&reply.id) =>
+            {
+                self.streams.remove(&reply.id);
+            }
             answer => {
                 if let Some(sender) = self.answers.remove(&reply.id) {
                     // A caller that stopped waiting is no fault.

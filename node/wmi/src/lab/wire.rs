@@ -171,6 +171,14 @@ pub enum Refusal {
         /// The file.
         path: String,
     },
+    /// It passes by itself: a volume whose I/O is paused, a provider that is not there yet, a subscription given up.
+    #[error("{what} cannot be answered now ({code})")]
+    Paused {
+        /// What.
+        what: String,
+        /// Windows' code.
+        code: u32,
+    },
     /// The host is down.
     #[error("host {0:?} is down")]
     HostDown(String),
@@ -185,7 +193,7 @@ impl Refusal {
             Self::Sharing { ref path } => {
                 WmiError::Invalid { what: path.clone(), reason: self.to_string() }
             }
-            Self::HostDown(_) => WmiError::Unreachable {
+            Self::HostDown(_) | Self::Paused { .. } => WmiError::Unreachable {
                 endpoint: endpoint.to_owned(),
                 waited: std::time::Duration::ZERO,
                 reason: self.to_string(),

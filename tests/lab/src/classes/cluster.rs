@@ -32,11 +32,17 @@ pub(crate) fn nodes(state: &State) -> Vec<Object> {
 
 pub(super) fn instances(state: &State, class: &str) -> Option<Vec<Object>> {
     let groups = || state.vms.values().filter(|vm| vm.owner.is_some());
+    let as_read = |object: Object, vm: &Vm| match state.shown_owner(vm) {
+        Some(owner) => object.with("OwnerNode", owner),
+        None => object,
+    };
     Some(match class.to_ascii_lowercase().as_str() {
         "mscluster_cluster" => vec![cluster(state)],
         "mscluster_node" => nodes(state),
-        "mscluster_resourcegroup" => groups().map(|vm| group(state, vm)).collect(),
-        "mscluster_resource" => groups().flat_map(|vm| resources(state, vm)).collect(),
+        "mscluster_resourcegroup" => groups().map(|vm| as_read(group(state, vm), vm)).collect(),
+        "mscluster_resource" => groups()
+            .flat_map(|vm| resources(state, vm).map(|resource| as_read(resource, vm)))
+            .collect(),
         "mscluster_clustersharedvolume" => state
             .csvs
             .iter()

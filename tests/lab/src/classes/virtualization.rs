@@ -28,11 +28,12 @@ const SERVICES: [(&str, &str); 6] = [
 ];
 
 pub(super) fn instances(state: &State, host: &str, class: &str) -> Option<Vec<Object>> {
-    let here = || state.vms.values().filter(|vm| vm.host == host);
+    let here = || state.vms.values().filter(|vm| state.shown_on(vm) == host);
     let planned = || state.planned.values().filter(|vm| vm.host == host);
     let arriving = || {
         state.vms.values().filter(|vm| {
-            vm.host != host && vm.migration.as_ref().is_some_and(|m| m.planned && m.target == host)
+            let moves = vm.migration.as_ref().is_some_and(|m| m.planned && m.target == host);
+            state.shown_on(vm) != host && (moves || vm.host == host)
         })
     };
     let is = |name: &str| class.eq_ignore_ascii_case(name);
@@ -86,7 +87,7 @@ pub(super) fn instances(state: &State, host: &str, class: &str) -> Option<Vec<Ob
 pub(super) fn associated(state: &State, host: &str, source: &Object, assoc: &str) -> Vec<Object> {
     let is = |name: &str| assoc.is_empty() || assoc.eq_ignore_ascii_case(name);
     let mut out = Vec::new();
-    let all_vms = || state.vms.values().filter(|vm| vm.host == host);
+    let all_vms = || state.vms.values().filter(|vm| state.shown_on(vm) == host);
     let with_planned = || all_vms().chain(state.planned.values().filter(|vm| vm.host == host));
     match source.class.as_str() {
         "Msvm_ComputerSystem" | "Msvm_PlannedComputerSystem" => {

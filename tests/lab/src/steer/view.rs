@@ -128,6 +128,7 @@ fn holds(s: &State, condition: &WaitFor) -> Result<bool, LabError> {
                 .blocked
                 .is_empty()
         }
+        WaitFor::ReadsPaused { csv } => s.paused_reads.values().any(|waits_for| waits_for == csv),
         WaitFor::MethodHeld { hold } => {
             let hold = s.holds.iter().find(|h| h.id == *hold);
             hold.ok_or_else(|| LabError::unknown("hold", "released or never set"))?.progress

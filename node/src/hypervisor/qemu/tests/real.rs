@@ -16,7 +16,7 @@ use super::super::qmp::Qmp;
 use super::super::{Qemu, names};
 use crate::config::{ByteCount, QemuConfig};
 use crate::hypervisor::{
-    Change, Checkpoint, CheckpointRequest, Hypervisor, HypervisorError, Retry,
+    Change, Checkpoint, CheckpointRequest, Hypervisor, HypervisorError, ReplicaRole, Retry,
 };
 use crate::lease::Lease;
 
@@ -446,7 +446,7 @@ async fn a_killed_qemu_means_lost_tracking_and_a_clean_end_keeps_it() {
     let mut changes = agent.watch().await.expect("watched");
     vm.end().await;
     let gone = tokio::time::timeout(DEADLINE, changes.recv()).await.expect("told");
-    assert_eq!(gone, Some(Change::Gone(guid)));
+    assert_eq!(gone, Some(Change::Gone(guid, ReplicaRole::None)));
     assert!(matches!(agent.vm(guid).await, Err(HypervisorError::NoSuchVm { .. })));
 
     let vm = Vm::start(&host, guid, &[&a], &[]).await;
