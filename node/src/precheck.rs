@@ -83,7 +83,7 @@ pub fn untracked(state: &VmState) -> Option<String> {
     })
 }
 
-/// What speaks against a folder or file as the target of a restore; `None` when nothing does.
+/// What speaks against a folder or file of Hyper-V as the target of a restore (J9); `None` when nothing does.
 #[must_use]
 pub fn target_path(path: &Path) -> Option<String> {
     let text = path.display().to_string();
@@ -95,10 +95,24 @@ pub fn target_path(path: &Path) -> Option<String> {
              \\\\server\\share\\folder"
         ));
     }
-    (text.chars().count() > LONGEST_PATH && cfg!(windows)).then(|| {
+    // Windows counts in UTF-16.
+    let length = text.encode_utf16().count();
+    (length > LONGEST_PATH).then(|| {
         format!(
-            "{text:?} has {} characters, Hyper-V's tools handle {LONGEST_PATH}: restore to a shorter folder",
-            text.chars().count()
+            "{text:?} has {length} characters, Hyper-V's tools handle {LONGEST_PATH}: restore to a shorter folder \
+             (--folder)"
+        )
+    })
+}
+
+/// What has to be so on a file server that a VM is restored to, and that is seen only when the VM starts (J9).
+#[must_use]
+pub fn target_remark(folder: &Path) -> Option<String> {
+    let text = folder.display().to_string();
+    server_of(&text).map(|server| {
+        format!(
+            "the VM lies on the file server {server:?}: the computer accounts of all hosts that may run it, and of their \
+             cluster, need full control of {text:?}, in the share's rights as in the folder's"
         )
     })
 }

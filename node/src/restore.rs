@@ -35,6 +35,7 @@ pub use disk::{NewDisk, RestoreError, image_extension, new_child, new_image};
 use crate::hypervisor::Inventory;
 use crate::job::{JobContext, JobError, Outcome};
 use crate::pipeline::Pool;
+use crate::precheck;
 use crate::store::JobStore;
 
 /// Folders of a restored VM.
@@ -253,12 +254,22 @@ async fn restore_vm(
     let facts = context.hypervisor.host_facts().await?;
     warnings.extend(plan::check(&manifest, work, &facts, &context.host)?);
     boot::refuse_in_vain(context.hypervisor.as_ref(), work)?;
+    let hyperv = context.hypervisor.kind() == "hyperv";
+    let speaks_against = |path: &Path| hyperv.then(|| precheck::target_path(path)).flatten();
+    if let Some(why) = speaks_against(Path::new(&work.target_folder)) {
+        return Err(JobError::Unfit(why).into());
+    }
     let inventory = context.hypervisor.inventory().await?;
     if work.keep_guid {
         not_elsewhere(context, &manifest, &inventory).await?;
     }
     let roots = context.hypervisor.storage_roots().await?;
     let target = target::choose(&manifest, work, &inventory, &roots, context.lease.job())?;
+    let files = target.files(&manifest, work, |disk| context.hypervisor.disk_extension(disk));
+    if let Some(why) = files.iter().find_map(|file| speaks_against(file)) {
+        return Err(JobError::Unfit(why).into());
+    }
+    warnings.extend(hyperv.then(|| precheck::target_remark(&target.folder)).flatten());
     if target.replaces.is_some() || work.keep_guid {
         // Whatever tracks changes of these disks knows nothing of what is written now.
         context

@@ -4,9 +4,12 @@
 //! say that it closed everything. So open disks are counted: [`Sources::close`] returns when the last handle, also one
 //! in a read that was under way on another thread, is gone.
 
+mod patience;
+
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use outrider_disk::block_file::ByteSource;
 use outrider_disk::{DiskChain, DiskError, DiskInfo, Layer, RangeSet, ReadDisk, ReadLayer};
@@ -16,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use uuid::Uuid;
 
+use self::patience::{Patience, Try};
 use crate::hypervisor::Hypervisor;
 
 /// A disk of a checkpoint, open for reading.
@@ -83,20 +87,28 @@ pub fn open_chain(
 pub struct Sources {
     hypervisor: Arc<dyn Hypervisor>,
     open: TaskTracker,
+    patience: Patience,
 }
 
 /// An open source disk. Dropping the last clone closes its files.
 pub struct SourceDisk {
-    disk: Box<dyn FrozenSource>,
+    leaf: PathBuf,
+    hypervisor: Arc<dyn Hypervisor>,
+    info: DiskInfo,
+    /// Replaced when its volume was away; read by many at once.
+    disk: RwLock<Arc<dyn FrozenSource>>,
+    patience: Patience,
     // After `disk`, so that its files are closed when it is dropped.
     _open: TaskTrackerToken,
 }
 
 impl Sources {
-    /// No disk is open.
+    /// No disk is open. A volume whose I/O stands still, and a file that somebody else holds, are waited for as long as
+    /// `patience` says.
     #[must_use]
-    pub fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
-        Self { hypervisor, open: TaskTracker::new() }
+    pub fn new(hypervisor: Arc<dyn Hypervisor>, patience: Duration) -> Self {
+        let open = TaskTracker::new();
+        Self { hypervisor, patience: Patience::new(patience, open.clone()), open }
     }
 
     /// Opens a disk of a checkpoint, in its hypervisor's way. Blocks.
@@ -105,7 +117,15 @@ impl Sources {
     /// [`DiskError`].
     pub fn open(&self, leaf: &Path) -> Result<SourceDisk, DiskError> {
         let open = self.open.token();
-        Ok(SourceDisk { disk: self.hypervisor.open_disk(leaf)?, _open: open })
+        let disk = self.patience.keep(|_| self.hypervisor.open_disk(leaf))?;
+        Ok(SourceDisk {
+            leaf: leaf.to_owned(),
+            hypervisor: self.hypervisor.clone(),
+            info: disk.info().clone(),
+            disk: RwLock::new(disk.into()),
+            patience: self.patience.clone(),
+            _open: open,
+        })
     }
 
     /// Reads a whole small file (configuration). Blocks.
@@ -114,6 +134,20 @@ impl Sources {
     /// I/O errors; [`io::ErrorKind::FileTooLarge`] beyond `limit` bytes.
     pub fn read_file(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         let _open = self.open.token();
+        let read = self.patience.keep(|_| {
+            self.read_file_once(path, limit).map_err(|source| DiskError::Io {
+                path: path.to_owned(),
+                op: "read",
+                source,
+            })
+        });
+        read.map_err(|e| match e {
+            DiskError::Io { source, .. } => source,
+            other => io::Error::other(other),
+        })
+    }
+
+    fn read_file_once(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.hypervisor.files().open_read(path)?;
         let length = file.len()?;
         if length > limit {
@@ -148,16 +182,16 @@ impl Sources {
 
 impl ReadDisk for SourceDisk {
     fn info(&self) -> &DiskInfo {
-        self.disk.info()
+        &self.info
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        self.disk.read_at(offset, buf)
+        self.patience.keep(|how| self.handle(how)?.read_at(offset, buf))
     }
     fn wait_before(&self, bytes: u64) -> std::time::Duration {
         self.disk.wait_before(bytes)
     }
     fn allocated(&self) -> Result<RangeSet, DiskError> {
-        self.disk.allocated()
+        self.patience.keep(|how| self.handle(how)?.allocated())
     }
 }
 
@@ -165,7 +199,27 @@ impl SourceDisk {
     /// The files of the chain, leaf first.
     #[must_use]
     pub fn files(&self) -> Vec<PathBuf> {
-        self.disk.files()
+        self.disk().files()
+    }
+
+    fn disk(&self) -> Arc<dyn FrozenSource> {
+        self.disk.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn handle(&self, how: Try) -> Result<Arc<dyn FrozenSource>, DiskError> {
+        if how == Try::Anew {
+            let disk: Arc<dyn FrozenSource> = self.hypervisor.open_disk(&self.leaf)?.into();
+            // The disk of a checkpoint does not change; one that is another now is not read on.
+            if disk.info() != &self.info {
+                return Err(DiskError::Io {
+                    path: self.leaf.clone(),
+                    op: "open again",
+                    source: io::Error::other("the file is another disk now"),
+                });
+            }
+            *self.disk.write().unwrap_or_else(PoisonError::into_inner) = disk;
+        }
+        Ok(self.disk())
     }
 
     /// As [`FrozenSource::stamps`].

@@ -122,13 +122,15 @@ impl Ground<'_> {
              coordinators = [{coordinators}]\nscratch_dir = {scratch}\nhypervisor = \"lab\"\n\
              lab = {{ address = {lab} }}\nlimits = {{ read_size = \"1 MiB\", in_flight = \"16 MiB\" }}\n\
              jobs = {{ barrier_interval = \"{barrier}\", busy_first = \"20ms\", \
-             busy_ceiling = \"200ms\", merge_wait = \"{merge}\", storage_patience = \"{patience}\" }}\n{rim}",
+             busy_ceiling = \"200ms\", merge_wait = \"{merge}\", storage_patience = \"{patience}\", \
+             inventory_interval = \"{inventory}\" }}\n{rim}",
             name = text(host),
             fabric = text(self.fabric),
             realm = text(REALM),
             identity = self.identity("node", host),
             coordinators = list(self.coordinators),
             scratch = self.data("node", host),
+            inventory = self.plan.inventory_interval,
             lab = text(lab),
             patience = self.plan.storage_patience,
             merge = self.plan.merge_wait,

@@ -51,6 +51,8 @@ pub struct Plan {
     pub min_free: &'static str,
     /// How long a job waits for a merge before it says that the host is not clean.
     pub merge_wait: &'static str,
+    /// How often agents look at everything, for events that were lost without a word.
+    pub inventory_interval: &'static str,
     /// What a storage node may keep.
     pub capacity: &'static str,
     /// OTLP receiver.
@@ -78,6 +80,7 @@ impl Default for Plan {
             barrier_interval: "200ms",
             min_free: "256 MiB",
             merge_wait: "60s",
+            inventory_interval: "300s",
             capacity: "2 GiB",
             otlp: None,
             address: Ipv4Addr::LOCALHOST.into(),

@@ -233,7 +233,7 @@ async fn a_restore_under_another_name_defines_and_starts_a_vm_with_the_exact_dis
         clock.clone(),
     );
     lease.renew(clock.monotonic());
-    let sources = Sources::new(hypervisor.clone());
+    let sources = Sources::new(hypervisor.clone(), times().volume_patience);
     let context = JobContext {
         hypervisor: hypervisor.clone(),
         coordinator: Arc::new(world.coordinator.clone()),

@@ -165,6 +165,24 @@ async fn what_a_host_cannot_run_is_refused_before_anything_is_written() {
         .await
         .expect("set up");
 
+    // J9: file servers by name, paths that Windows' tools can handle; in place, the VM stays as it is.
+    let deep = fabric.dir().join("Volume1").join("d".repeat(200));
+    let incarnation = async || fabric.operator.vm(VM).await.expect("known").incarnation;
+    let first = incarnation().await;
+    let folders = [
+        (r"\\10.0.0.7\vms\web".to_owned(), "by address"),
+        (deep.display().to_string(), "shorter folder"),
+    ];
+    for (folder, says) in folders {
+        let request = rpc::RestoreRequest { target_folder: folder, ..in_place(&running) };
+        let job = restored(&fabric, request).await;
+        assert_eq!(job.error_code, "OUT-N-0008", "{job:?}");
+        assert!(job.reason.contains(says), "{says}: {job:?}");
+        assert_eq!(files_of_restores(&fabric), before, "nothing was written");
+        assert_eq!(incarnation().await, first, "nothing was done to the VM");
+        assert_eq!(fabric.seen(VM).await.enabled_state, 2, "it runs");
+    }
+
     // A saved state is of its host's processor.
     fabric.lab.save_vm(VM).await.expect("saved");
     let saved = fabric.operator.backed_up(VM, BackupKind::Full).await;

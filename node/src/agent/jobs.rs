@@ -195,7 +195,7 @@ async fn work(
     lease: Lease,
     progress: watch::Sender<Progress>,
 ) {
-    let sources = Sources::new(agent.hypervisor.clone());
+    let sources = Sources::new(agent.hypervisor.clone(), agent.config.jobs.volume_patience);
     match context(&agent, &message, &lease, &sources, progress) {
         Err(e) => tracing::error!(error = %e, "a lease that cannot be understood was not begun"),
         Ok(context) => {

@@ -166,6 +166,12 @@ impl JobError {
             DiskError::ParentMissing { .. } | DiskError::ParentMismatch { .. } => {
                 error_code::PARENT_MISSING
             }
+            DiskError::Io { source, .. } if source.kind() == std::io::ErrorKind::TimedOut => {
+                error_code::HOST_UNUSABLE
+            }
+            DiskError::Io { source, .. } if source.kind() == std::io::ErrorKind::ResourceBusy => {
+                error_code::VM_BUSY
+            }
             _ => error_code::DISK_BROKEN,
         };
         match self {

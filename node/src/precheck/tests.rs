@@ -264,6 +264,17 @@ fn change_tracking_needs_its_version_and_level() {
     }
 }
 
+/// J9: what Windows' own tools cannot handle; they count as Windows does.
+#[test]
+fn a_target_is_shorter_than_260() {
+    let of = |folder: &str, times: usize| format!(r"C:\vms\{}", folder.repeat(times));
+    assert_eq!(target_path(Path::new(&of("x", 252))), None);
+    let told = target_path(Path::new(&of("x", 253))).expect("too long");
+    assert!(told.contains("260 characters") && told.contains("--folder"), "{told}");
+    assert!(target_path(Path::new(&of("🐘", 127))).is_some(), "two units each");
+    assert_eq!(target_path(Path::new(&of("장", 252))), None);
+}
+
 /// J9: names, not addresses.
 #[test]
 fn a_file_server_is_named() {
@@ -271,6 +282,8 @@ fn a_file_server_is_named() {
     for fine in [r"\\files\vms\web", r"C:\ClusterStorage\Volume1\web", r"\\?\C:\web", "/csv/web"] {
         assert_eq!(target_path(Path::new(fine)), None, "{fine}");
     }
+    assert!(target_remark(Path::new(r"\\files\vms")).is_some_and(|t| t.contains("\"files\"")));
+    assert_eq!(target_remark(Path::new(r"C:\vms")), None);
     let mut vm = vm();
     vm.vm.disks = vec![disk(r"\\10.0.0.7\vms\a.vhdx", Format::Vhdx, None)];
     let (none, warnings) = check(&vm, situation(true));

@@ -6,6 +6,7 @@ use outrider_proto::ids::{JobId, VmGuid};
 use outrider_proto::manifest::Manifest;
 use outrider_proto::rpc::RestoreWork;
 
+use super::files;
 use super::trail::Trail;
 use crate::hypervisor::{Inventory, VmSeen};
 use crate::job::JobError;
@@ -137,6 +138,23 @@ fn has_content(folder: &Path) -> bool {
 }
 
 impl Target {
+    /// The files that Hyper-V itself has to handle afterwards. The definition is named by a GUID.
+    pub(super) fn files(
+        &self,
+        manifest: &Manifest,
+        work: &RestoreWork,
+        extension: impl Fn(&DiskManifest) -> &'static str,
+    ) -> Vec<PathBuf> {
+        let disks = match work.with_checkpoints && !manifest.tree.checkpoints.is_empty() {
+            true => files::with_checkpoints(manifest, extension),
+            false => files::flat(manifest, extension),
+        };
+        let definition = format!("{}.vmcx", manifest.vm.guid);
+        let mut all = files::paths(&disks, &self.folder);
+        all.push(self.folder.join(super::DEFINITION).join(definition));
+        all
+    }
+
     /// After a failure: removes the folder, which nobody else had before.
     pub(super) fn remove_what_was_made(&self) {
         if let Err(e) = std::fs::remove_dir_all(&self.folder)

@@ -75,7 +75,8 @@ pub struct DiskFacts {
 
 /// One open source file. Dropping it closes it at once: the hypervisor cannot merge what is held open.
 pub trait HostFile: Send + Sync {
-    /// Reads at `offset`; like `pread` it may return less than asked, and 0 only at the end of the file.
+    /// Reads at `offset`. [`io::ErrorKind::TimedOut`] says that the volume's I/O is paused or its storage away, which
+    /// passes. Like `pread` it may return less than asked, and 0 only at the end of the file.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// The file's length in bytes.

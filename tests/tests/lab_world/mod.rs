@@ -199,7 +199,7 @@ impl World {
         lease.renew(clock.monotonic());
         self.coordinator.with(|d| d.lease_epoch = epoch);
         let progress = watch::Sender::new(Progress::default());
-        let sources = Sources::new(hypervisor.clone());
+        let sources = Sources::new(hypervisor.clone(), times.volume_patience);
         let context = JobContext {
             hypervisor,
             coordinator: Arc::new(self.coordinator.clone()),

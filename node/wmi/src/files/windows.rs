@@ -11,7 +11,9 @@ use std::path::Path;
 use std::sync::{Arc, Once};
 
 use windows::Win32::Foundation::{
-    ERROR_INVALID_PARAMETER, ERROR_LOCK_VIOLATION, ERROR_SHARING_VIOLATION,
+    ERROR_CLUSTER_CSV_IO_PAUSE_TIMEOUT, ERROR_INVALID_PARAMETER, ERROR_LOCK_VIOLATION,
+    ERROR_NETNAME_DELETED, ERROR_SEM_TIMEOUT, ERROR_SHARING_PAUSED, ERROR_SHARING_VIOLATION,
+    ERROR_TIMEOUT, ERROR_UNEXP_NET_ERR,
 };
 use windows::Win32::Storage::FileSystem::{
     FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_NO_BUFFERING, FILE_SHARE_DELETE, FILE_SHARE_READ,
@@ -76,6 +78,19 @@ fn named(error: io::Error) -> io::Error {
     let busy = [ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION].map(|code| code.0.cast_signed());
     if error.raw_os_error().is_some_and(|code| busy.contains(&code)) {
         return io::Error::new(io::ErrorKind::ResourceBusy, error);
+    }
+    // A Cluster Shared Volume whose I/O was paused for too long, or that changes its way to the disk.
+    let away = [
+        ERROR_CLUSTER_CSV_IO_PAUSE_TIMEOUT,
+        ERROR_SEM_TIMEOUT,
+        ERROR_TIMEOUT,
+        ERROR_SHARING_PAUSED,
+        ERROR_NETNAME_DELETED,
+        ERROR_UNEXP_NET_ERR,
+    ]
+    .map(|code| code.0.cast_signed());
+    if error.raw_os_error().is_some_and(|code| away.contains(&code)) {
+        return io::Error::new(io::ErrorKind::TimedOut, error);
     }
     error
 }

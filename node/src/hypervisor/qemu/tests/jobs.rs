@@ -68,7 +68,7 @@ impl World {
         let lease = Lease::granted(job, LeaseEpoch(epoch), hour, false, clock.clone());
         lease.renew(clock.monotonic());
         self.coordinator.with(|d| d.lease_epoch = epoch);
-        let sources = Sources::new(agent.clone());
+        let sources = Sources::new(agent.clone(), Duration::from_secs(1));
         let brief = Duration::from_millis(20);
         let context = JobContext {
             hypervisor: agent.clone(),
