@@ -5,9 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use outrider_proto::ids::VmKey;
+use outrider_proto::ids::{VmKey, VmRole};
 
-use crate::state::vms::{Sighting, is_followed};
+use crate::state::vms::{Sighting, is_placed, is_primary};
 use crate::state::{Change, State};
 
 /// An instance of a VM as one agent reports it.
@@ -210,7 +210,25 @@ impl Follow {
         if speaks && !known.is_some_and(|vm| vm.shows(&instance.facts)) {
             changes.push(Change::VmSeen(Box::new(instance.facts)));
         }
+        self.other_roles(&key, state, changes);
         self.decide(&key, state, changes);
+    }
+
+    /// A realm has one instance of a GUID: what it shows in this role is in no other any more.
+    fn other_roles(&mut self, key: &VmKey, state: &State, changes: &mut Vec<Change>) {
+        let holds = |vm: &VmKey| {
+            let placed =
+                state.vms.get(vm).is_some_and(|v| v.host.is_some() && v.gone_since_ms.is_none());
+            placed || state.bases.contains_key(vm)
+        };
+        let former = roles(key).filter(|other| other != key && holds(other));
+        for other in former.collect::<Vec<_>>() {
+            if let Some(reports) = self.vms.get_mut(&other) {
+                reports.by.clear();
+            }
+            changes.push(Change::RoleLeft { vm: other.clone() });
+            self.release_duplicates(&other, state, changes);
+        }
     }
 
     fn gone(&mut self, host: &str, key: &VmKey, state: &State, changes: &mut Vec<Change>) {
@@ -226,7 +244,23 @@ impl Follow {
         }
     }
 
+    /// The cluster's database knows GUIDs, not roles.
     fn owner(&mut self, key: &VmKey, owner: String, state: &State, changes: &mut Vec<Change>) {
+        let known: Vec<VmKey> =
+            roles(key).filter(|role| role != key && self.vms.contains_key(role)).collect();
+        for role in known {
+            self.owner_of_role(&role, owner.clone(), state, changes);
+        }
+        self.owner_of_role(key, owner, state, changes);
+    }
+
+    fn owner_of_role(
+        &mut self,
+        key: &VmKey,
+        owner: String,
+        state: &State,
+        changes: &mut Vec<Change>,
+    ) {
         let reports = self.vms.entry(key.clone()).or_default();
         for (host, report) in &mut reports.by {
             report.disowned = *host != owner;
@@ -333,7 +367,7 @@ impl Follow {
         state: &State,
         changes: &mut Vec<Change>,
     ) {
-        if !is_followed(key) {
+        if !is_placed(key) {
             return;
         }
         let Some((newest, report)) =
@@ -342,7 +376,8 @@ impl Follow {
             return;
         };
         let known = state.vms.get(key);
-        if known.is_none_or(|vm| vm.host.is_none())
+        if is_primary(key)
+            && known.is_none_or(|vm| vm.host.is_none())
             && let Some(original) = original_elsewhere(key, dead, state)
         {
             if !known.is_some_and(|vm| vm.duplicate) {
@@ -398,6 +433,12 @@ impl Follow {
     }
 }
 
+/// A VM in all its roles.
+fn roles(key: &VmKey) -> impl Iterator<Item = VmKey> + '_ {
+    let all = [VmRole::Primary, VmRole::Replica, VmRole::TestReplica];
+    all.into_iter().map(|role| VmKey { role, ..key.clone() })
+}
+
 /// A VM of another realm with this GUID that is followed and alive.
 fn original_elsewhere<'a>(key: &VmKey, dead: Option<&str>, state: &'a State) -> Option<&'a VmKey> {
     state
@@ -409,7 +450,7 @@ fn original_elsewhere<'a>(key: &VmKey, dead: Option<&str>, state: &'a State) -> 
             };
             other.guid == key.guid
                 && other.realm != key.realm
-                && is_followed(other)
+                && is_primary(other)
                 && !vm.duplicate
                 && vm.gone_since_ms.is_none()
                 && vm.host.as_ref().is_some_and(alive)

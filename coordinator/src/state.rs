@@ -114,6 +114,7 @@ impl State {
             Change::VmPlaced { vm, host } => self.vm_placed(&vm, &host, now),
             Change::VmDuplicate { vm, duplicate } => self.vm_duplicate(&vm, duplicate),
             Change::VmGone { vm } => self.vm_gone(&vm, now),
+            Change::RoleLeft { vm } => self.role_left(&vm, now),
             Change::TrackingUnproven { vm } => self.tracking_unproven(&vm, now),
             Change::CreateGroup(group) => self.create_group(*group),
             Change::EditGroup { group, policy } => self.edit_group(group, *policy, now),

@@ -59,6 +59,7 @@ pub(crate) struct Agent {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) pool: Pool,
     pub(crate) metrics: NodeMetrics,
+    pub(crate) network: Network,
     pub(crate) boot_id: u64,
 }
 
@@ -127,9 +128,12 @@ pub async fn run(
         clock: Arc::new(SystemClock::new()),
         pool: Pool::new(config.limits.worker_count(), config.limits.in_flight.as_usize()),
         metrics,
+        network,
         boot_id: rand::random(),
         config,
     });
+    // Before the first connection, where the hypervisor answers by then.
+    watcher::keep_off_cluster_networks(&agent).await;
     // Nobody waits for the address when the caller has gone on without it.
     let _ = ready.send(bound);
     let served = tokio::select! {

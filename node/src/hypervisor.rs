@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use outrider_disk::{DiskError, RangeSet};
+use outrider_process::network::Subnet;
 use outrider_proto::ids::{CheckpointId, DiskId, VmGuid};
 use outrider_proto::manifest::{DiskManifest, Machine, Security};
 use outrider_wmi::files::HostFiles;
@@ -353,6 +354,9 @@ pub trait Hypervisor: Send + Sync + 'static {
     async fn vm(&self, vm: VmGuid) -> Result<VmState, HypervisorError>;
 
     /// Its recovery checkpoints, whoever made them.
+    ///
+    /// # Errors
+    /// [`HypervisorError::NoSuchVm`] when the VM is not here and may have taken them along.
     async fn checkpoints(&self, vm: VmGuid) -> Result<Vec<Checkpoint>, HypervisorError>;
 
     /// Makes a recovery checkpoint and names it `name`.
@@ -411,6 +415,9 @@ pub trait Hypervisor: Send + Sync + 'static {
     ) -> Result<RangeSet, HypervisorError>;
 
     /// The VM's reference points, whoever made them.
+    ///
+    /// # Errors
+    /// As [`Hypervisor::checkpoints`].
     async fn reference_points(&self, vm: VmGuid) -> Result<Vec<ReferencePoint>, HypervisorError>;
 
     /// Turns a checkpoint into a reference point; the checkpoint is gone afterwards.
@@ -436,6 +443,11 @@ pub trait Hypervisor: Send + Sync + 'static {
         vm: VmGuid,
         point: &ReferencePoint,
     ) -> Result<(), HypervisorError>;
+
+    /// Networks that this host's cluster has for itself: backups keep off them.
+    async fn cluster_only_networks(&self) -> Result<Vec<Subnet>, HypervisorError> {
+        Ok(Vec::new())
+    }
 
     /// Folders that VMs may be restored to, with the free bytes of each.
     async fn storage_roots(&self) -> Result<Vec<(PathBuf, u64)>, HypervisorError>;

@@ -67,6 +67,12 @@ pub fn check(state: &VmState, situation: Situation<'_>) -> (Option<Obstacle>, Ve
 #[must_use]
 pub fn untracked(state: &VmState) -> Option<String> {
     let vm = &state.vm;
+    if vm.replica != crate::hypervisor::ReplicaRole::None {
+        return Some(
+            "everything is read: no source says that change tracking sees what replication writes to a replica's disks"
+                .into(),
+        );
+    }
     if !crate::hypervisor::tracks_changes(&vm.version) {
         return Some(format!(
             "everything is read: configuration version {} has no change tracking (6.2 or later has); upgrade the VM with \

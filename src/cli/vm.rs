@@ -50,7 +50,14 @@ pub(super) async fn run(command: Command, json: bool) -> Done {
 }
 
 fn note(v: &rpc::Vm) -> String {
-    if v.duplicate {
+    let role = v.key.as_ref().map_or(rpc::VmRole::Primary, rpc::VmKey::role);
+    if role == rpc::VmRole::TestReplica {
+        "test failover: never backed up".to_owned()
+    } else if role == rpc::VmRole::Replica && v.group_name.is_empty() {
+        format!("replica: protected only as {:?}", format!("{}@replica", v.name))
+    } else if role == rpc::VmRole::Replica {
+        "replica".to_owned()
+    } else if v.duplicate {
         "seen on two hosts".to_owned()
     } else if !v.duties.is_empty() {
         format!("{} open duties", v.duties.len())

@@ -50,6 +50,8 @@ pub struct Ground<'a> {
     pub dir: &'a Path,
     /// Addresses of the coordinators, in the order of their ids (from 1).
     pub coordinators: &'a [String],
+    /// The hosts' realm.
+    pub realm: &'a str,
 }
 
 impl Ground<'_> {
@@ -126,7 +128,7 @@ impl Ground<'_> {
              inventory_interval = \"{inventory}\" }}\n{rim}",
             name = text(host),
             fabric = text(self.fabric),
-            realm = text(REALM),
+            realm = text(self.realm),
             identity = self.identity("node", host),
             coordinators = list(self.coordinators),
             scratch = self.data("node", host),
@@ -151,7 +153,7 @@ impl Ground<'_> {
              busy_ceiling = \"200ms\", merge_wait = \"{merge}\", storage_patience = \"{patience}\" }}\n{rim}",
             name = text(host),
             fabric = text(self.fabric),
-            realm = text(REALM),
+            realm = text(self.realm),
             identity = self.identity("node", host),
             coordinators = list(self.coordinators),
             scratch = self.data("node", host),
@@ -175,7 +177,7 @@ impl Ground<'_> {
             "realm = {realm}\nhosts = [{hosts}]\ncsvs = [{csv1}, {csv2}]\nseed = 1\n\
              delays = {{ job_ms = 2, migration_ms = 5, merge_ms = 2 }}\n\
              truth = {{ dir = {truth}, keep = 4 }}\n",
-            realm = text(REALM),
+            realm = text(self.realm),
             hosts = list(&[&self.plan.hosts[..], &self.plan.unmanned[..]].concat()),
             csv1 = csv("Volume1"),
             csv2 = csv("Volume2"),

@@ -11,7 +11,7 @@ use outrider_process::secret::kek::KeyEncryptionKey;
 use tempfile::TempDir;
 
 use crate::binary::Program;
-use crate::config::Ground;
+use crate::config::{Ground, REALM};
 use crate::eventually;
 use crate::http;
 use crate::operator::Operator;
@@ -171,8 +171,13 @@ impl Core {
             enrolment.save(&place).expect("saved");
         }
         let (coordinators, addresses) = start_coordinators(plan, ca.fabric(), dir.path()).await;
-        let ground =
-            Ground { plan, fabric: ca.fabric(), dir: dir.path(), coordinators: &addresses };
+        let ground = Ground {
+            plan,
+            fabric: ca.fabric(),
+            dir: dir.path(),
+            coordinators: &addresses,
+            realm: REALM,
+        };
         let mut storage: Vec<Process> = names("s", plan.storage)
             .iter()
             .map(|name| Process::start("storage", name, dir.path(), &ground.storage(name)))
@@ -188,7 +193,7 @@ impl Core {
     /// What configuration files are made of.
     pub(crate) fn ground<'a>(&'a self, plan: &'a Plan) -> Ground<'a> {
         let fabric = self.ca.fabric();
-        Ground { plan, fabric, dir: self.dir(), coordinators: &self.addresses }
+        Ground { plan, fabric, dir: self.dir(), coordinators: &self.addresses, realm: REALM }
     }
 
     /// The fabric's folder.
@@ -263,6 +268,7 @@ impl Fabric {
             fabric: self.ca.fabric(),
             dir,
             coordinators: &self.addresses,
+            realm: REALM,
         };
         let agent = Process::start("node", host, dir, &ground.node(host, lab));
         self.agents.push(agent);
@@ -341,7 +347,7 @@ pub fn identity_dir(dir: &Path, role: Role, name: &str) -> PathBuf {
 }
 
 /// Waits for a process with one address and gives it.
-async fn only_address(process: &mut Process) -> SocketAddr {
+pub(crate) async fn only_address(process: &mut Process) -> SocketAddr {
     let ready = process.ready().await;
     *ready.addresses.values().next().expect("it listens")
 }
@@ -364,7 +370,7 @@ async fn start_coordinators(plan: &Plan, fabric: &str, dir: &Path) -> (Vec<Proce
     let mut reason = String::new();
     for _ in 0..5 {
         let addresses = free_ports_at(plan.address, plan.coordinators);
-        let ground = Ground { plan, fabric, dir, coordinators: &addresses };
+        let ground = Ground { plan, fabric, dir, coordinators: &addresses, realm: REALM };
         let mut started: Vec<Process> = (0..plan.coordinators)
             .map(|place| {
                 let config = ground.coordinator(place);

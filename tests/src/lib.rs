@@ -10,6 +10,7 @@
 //! | [`process`] | one process: started, stopped, killed, and never left behind |
 //! | [`config`] | the configuration files |
 //! | [`fabric`] | all processes of a fabric together |
+//! | [`far`] | a second simulated cluster in the same fabric |
 //! | [`operator`] | what an operator asks, typed; and the command line as it is typed |
 //! | [`http`] | metrics and health of a process |
 //! | [`judge`] | is the restore exact, is the host clean? |
@@ -21,6 +22,7 @@
 pub mod binary;
 pub mod config;
 pub mod fabric;
+pub mod far;
 pub mod http;
 pub mod judge;
 pub mod operator;

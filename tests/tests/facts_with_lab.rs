@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use lab_world::{DEADLINE, Job, MIB, World, work};
 use outrider_lab::{
-    CheckpointOnMigration, DiskSource, Fault, FaultKind, HoldSpec, HostShape, Relation, VmShape,
-    WaitFor, When,
+    CheckpointOnMigration, DiskSource, Fault, FaultKind, HoldSpec, HostShape, NetworkShape,
+    Relation, VmShape, WaitFor, When,
 };
 use outrider_node::hypervisor::Hypervisor;
 use outrider_node::hypervisor::facts::{GuestKind, Release, Service};
 use outrider_node::lease::Lease;
 use outrider_process::clock::{Clock, SystemClock};
-use outrider_proto::ids::{JobId, LeaseEpoch, VmGuid};
+use outrider_proto::ids::{JobId, LeaseEpoch, VmGuid, VmRole};
 use outrider_proto::rpc::{self, BackupKind, BackupWork, Consistency};
 
 impl World {
@@ -167,7 +167,8 @@ async fn a_vm_is_saved_only_where_that_is_allowed_and_runs_on() {
 /// replication log is waited out.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_is_refused_with_the_exact_reason_and_then_succeeds() {
-    let world = World::small().await;
+    let mut world = World::small().await;
+    world.role = VmRole::Replica;
     world.lab.stop_vm(&world.name()).await.expect("off");
     let relation = |state, health| VmShape {
         replication: Some(vec![Relation { mode: 2, state, health }]),
@@ -191,7 +192,41 @@ async fn a_replica_is_refused_with_the_exact_reason_and_then_succeeds() {
     world.shape(VmShape { applying_log: Some(true), ..VmShape::default() }).await;
     replica.expect(&world, "applying the replication log").await;
     world.shape(VmShape { applying_log: Some(false), ..VmShape::default() }).await;
-    world.done(work()).await;
+    // What replication writes is in no change tracking: everything is read again.
+    world.lab.apply_log(&world.name(), 2 * MIB, 9).await.expect("applied");
+    let (commit, _) = world.done(work()).await;
+    assert!(
+        commit.reasons.iter().any(|r| r.contains("replication writes")),
+        "{:?}",
+        commit.reasons
+    );
+    assert!(world.coordinator.with(|d| d.binding.is_none()), "a replica has no base");
+    // A planned failover: the run for the replica does not take the VM that it has become.
+    world.shape(VmShape { replication: Some(vec![]), ..VmShape::default() }).await;
+    let end = world.refused(work(), "OUT-N-0024", "is the VM itself now").await;
+    assert!(!end.retry);
+}
+
+/// O8: the networks that the cluster has for itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_networks_of_the_cluster_alone_are_known() {
+    let world = World::small().await;
+    let network = |name: &str, role, address: [u8; 4]| NetworkShape {
+        name: name.into(),
+        role,
+        address: address.into(),
+        prefix: 24,
+    };
+    let hypervisor = world.hypervisor("alpha").await;
+    assert_eq!(hypervisor.cluster_only_networks().await.expect("told"), []);
+    let networks = vec![
+        network("Storage", 0, [10, 7, 0, 0]),
+        network("CSV and migration", 1, [10, 8, 0, 0]),
+        network("Everybody", 3, [10, 9, 0, 0]),
+    ];
+    world.lab.shape_networks(networks).await.expect("shaped");
+    let found = hypervisor.cluster_only_networks().await.expect("told");
+    assert_eq!(found.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.8.0.0/24"]);
 }
 
 /// Runs a job with little patience and expects its reason.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use outrider_process::identity::{PeerName, Role};
 use outrider_process::tasks::TaskSpawner;
 use outrider_proto::error_code::{self, ErrorCode};
-use outrider_proto::ids::{GroupId, JobId, VmKey};
+use outrider_proto::ids::{GroupId, JobId, VmKey, VmRole};
 use outrider_proto::model::{parse, required};
 use outrider_proto::rpc;
 use outrider_proto::rpc::operator_server::{Operator, OperatorServer};
@@ -26,7 +26,7 @@ use crate::state::facts::{BackupKind, Consistency};
 use crate::state::groups::{NewGroup, Policy};
 use crate::state::jobs::{BootCheck, NewJob, Restore, Work};
 use crate::state::points::Point;
-use crate::state::vms::is_followed;
+use crate::state::vms::is_placed;
 use crate::state::{Change, Outcome, State};
 
 use names::NameError;
@@ -149,11 +149,9 @@ impl Operator for OperatorService {
         let policy = policy(r.policy.unwrap_or_default())?;
         let mut vms = std::collections::BTreeSet::new();
         for vm in &r.vms {
-            let key = self.read(|state| names::vm(state, vm)).map_err(named)?;
-            if !is_followed(&key) {
-                return Err(Status::failed_precondition(format!(
-                    "VM {key} is a replica; protect the primary instead"
-                )));
+            let key = self.read(|state| names::vm_at_work(state, vm)).map_err(named)?;
+            if let Some(error) = self.read(|state| unmeant(state, &key, vm)) {
+                return Err(error);
             }
             vms.insert(key);
         }
@@ -204,7 +202,10 @@ impl Operator for OperatorService {
         let r = request.into_inner();
         let kind = wire::to_backup_kind(r.kind());
         let vms: Vec<VmKey> = self.read(|state| match (r.vm.is_empty(), r.group.is_empty()) {
-            (false, true) => names::vm(state, &r.vm).map(|vm| vec![vm]).map_err(named),
+            (false, true) => {
+                let key = names::vm_at_work(state, &r.vm).map_err(named)?;
+                unmeant(state, &key, &r.vm).map_or(Ok(vec![key]), Err)
+            }
             (true, false) => {
                 names::group(state, &r.group).map(|id| state.members(id)).map_err(named)
             }
@@ -527,11 +528,27 @@ fn policy(p: rpc::Policy) -> Result<Policy, Status> {
     Ok(policy)
 }
 
+/// A replica is given work only when somebody says that it is meant: it is a copy, crash-consistent at best, and its points
+/// are a history of their own.
+fn unmeant(state: &State, key: &VmKey, text: &str) -> Option<Status> {
+    let name = state.vms.get(key).map_or(text, |vm| vm.name.as_str());
+    if !is_placed(key) {
+        return unworkable(state, key);
+    }
+    (key.role == VmRole::Replica && !names::means_replica(text)).then(|| {
+        Status::failed_precondition(format!(
+            "VM {name:?} is known here only as the receiving side of a Hyper-V replication ({key}): protect the VM itself, by \
+             an agent on its primary host, or this copy, which is crash-consistent at best, as {:?}",
+            format!("{name}@replica")
+        ))
+    })
+}
+
 /// Why a VM cannot be backed up whatever happens next; silence of its host is for the job to wait out.
 fn unworkable(state: &State, key: &VmKey) -> Option<Status> {
     let vm = state.vms.get(key)?;
-    let reason = if !is_followed(key) {
-        "is a replica; back up the primary instead"
+    let reason = if !is_placed(key) {
+        "is a test failover, which is thrown away after the test; back up the VM itself"
     } else if vm.duplicate {
         "is a duplicate of a VM in another realm; back that one up, or remove one of the two"
     } else {

@@ -84,15 +84,92 @@ fn f1_a_planned_vm_claims_nothing() {
 }
 
 #[test]
-fn f1_a_replica_is_shown_and_never_placed() {
-    for role in [VmRole::Replica, VmRole::TestReplica] {
-        let mut l = Lead::new();
-        let vm = VmKey { role, ..key(1) };
-        l.seen("hv1", clustered(&vm, "hv1"));
-        l.owner(&vm, "hv1");
-        assert!(l.w.state.vms.contains_key(&vm));
-        assert_eq!(l.at(&vm), None);
+fn f1_a_test_failover_is_shown_and_never_placed() {
+    let mut l = Lead::new();
+    let vm = VmKey { role: VmRole::TestReplica, ..key(1) };
+    l.seen("hv1", clustered(&vm, "hv1"));
+    l.owner(&key(1), "hv1");
+    assert!(l.w.state.vms.contains_key(&vm));
+    assert_eq!(l.at(&vm), None);
+}
+
+fn replica(vm: &VmKey) -> VmKey {
+    VmKey { role: VmRole::Replica, ..vm.clone() }
+}
+
+#[test]
+fn f13_a_replica_has_a_place_of_its_own_and_moves_in_its_cluster() {
+    let mut l = Lead::new();
+    l.w.attach("far", "other");
+    let vm = key(1);
+    let copy = replica(&elsewhere(&vm));
+    l.seen("hv1", clustered(&vm, "hv1"));
+    l.seen("far", alone(&copy));
+    assert_eq!((l.at(&vm), l.at(&copy)), (Some(("hv1", 1)), Some(("far", 1))));
+    assert!(l.w.state.vms.values().all(|vm| !vm.duplicate));
+    // The cluster's database knows no roles.
+    let here = replica(&key(2));
+    l.seen("hv1", clustered(&here, "hv1"));
+    l.seen("hv2", clustered(&here, "hv1"));
+    l.owner(&key(2), "hv2");
+    assert_eq!(l.at(&here), Some(("hv2", 2)));
+}
+
+#[test]
+fn f13_patterns_take_in_no_replica() {
+    let mut l = Lead::new();
+    let vm = replica(&key(1));
+    l.seen("hv1", clustered(&vm, "hv1"));
+    let group = |vms: &[&VmKey], patterns: &[&str]| crate::state::groups::NewGroup {
+        id: outrider_proto::ids::GroupId::random(),
+        name: format!("{patterns:?}"),
+        vms: vms.iter().map(|vm| (*vm).clone()).collect(),
+        patterns: patterns.iter().map(|p| (*p).to_owned()).collect(),
+        policy: crate::state::groups::Policy::default(),
+        created_ms: 1,
+    };
+    let (all, named) = (group(&[], &["*"]), group(&[&vm], &[]));
+    let ids = (all.id, named.id);
+    for group in [all, named] {
+        l.w.apply(Change::CreateGroup(Box::new(group)));
     }
+    assert_eq!((l.w.state.members(ids.0), l.w.state.members(ids.1)), (vec![], vec![vm]));
+}
+
+#[test]
+fn f14_a_planned_failover_swaps_the_roles_and_neither_side_goes_on_from_its_old_base() {
+    let mut l = Lead::new();
+    l.w.attach("far", "other");
+    let vm = key(1);
+    let there = elsewhere(&vm);
+    l.seen("hv1", clustered(&vm, "hv1"));
+    l.seen("far", alone(&replica(&there)));
+    let (job, epoch) = l.w.leased(&vm, "hv1");
+    let crate::state::Outcome::Committed(point) = l.w.commit(job, epoch) else {
+        panic!("not committed")
+    };
+    l.w.bind(job, epoch, point);
+    l.w.finish(job, epoch, true, None);
+    let incarnation = l.w.state.vms[&vm].incarnation;
+    // Whatever comes first, and whether or not the agents say good-bye to the role before.
+    l.seen("far", alone(&there));
+    l.seen("hv1", clustered(&replica(&vm), "hv1"));
+    assert_eq!(l.at(&there), Some(("far", 1)), "the VM is there now");
+    assert_eq!(l.at(&replica(&vm)), Some(("hv1", 1)), "and its replica here");
+    assert!(!l.w.state.vms[&vm].is_workable() && !l.w.state.vms[&replica(&there)].is_workable());
+    assert!(!l.w.state.bases.contains_key(&vm), "its disks change behind its change tracking");
+    assert!(l.w.state.vms[&vm].incarnation > incarnation);
+    assert!(l.w.state.points.contains_key(&point), "its history is its own");
+    // Said again it is nothing new.
+    let before = l.w.state.clone();
+    l.seen("hv1", clustered(&replica(&vm), "hv1"));
+    assert_eq!(l.w.state.vms[&vm].incarnation, before.vms[&vm].incarnation);
+    // Back again.
+    l.seen("far", alone(&replica(&there)));
+    l.seen("hv1", clustered(&vm, "hv1"));
+    assert!(l.w.state.vms[&vm].is_workable());
+    assert_eq!(l.at(&vm).map(|(host, _)| host), Some("hv1"));
+    assert!(!l.w.state.vms[&replica(&vm)].is_workable());
 }
 
 #[test]

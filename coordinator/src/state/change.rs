@@ -68,6 +68,8 @@ pub(crate) enum Change {
     VmDuplicate { vm: VmKey, duplicate: bool },
     /// No host has it any more.
     VmGone { vm: VmKey },
+    /// Its realm shows it in another role now.
+    RoleLeft { vm: VmKey },
     /// Its host crashed although it has moved by now.
     TrackingUnproven { vm: VmKey },
     /// New protection group.

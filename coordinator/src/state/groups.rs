@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::facts::Consistency;
 use super::jobs::NewJob;
-use super::vms::is_followed;
+use super::vms::is_primary;
 use super::{Outcome, Refusal, State};
 
 /// VMs with one policy.
@@ -98,7 +98,7 @@ impl Group {
     /// Whether the group holds the VM.
     pub(crate) fn holds(&self, key: &VmKey, name: &str) -> bool {
         self.vms.contains(key)
-            || is_followed(key) && self.patterns.iter().any(|pattern| matches(pattern, name))
+            || is_primary(key) && self.patterns.iter().any(|pattern| matches(pattern, name))
     }
 }
 

@@ -61,9 +61,14 @@ impl Vm {
     }
 }
 
-/// Whether a VM of this key is followed and protected at all.
-pub(crate) fn is_followed(vm: &VmKey) -> bool {
+/// Whether this is the VM itself: what names and patterns mean when nothing else is said.
+pub(crate) fn is_primary(vm: &VmKey) -> bool {
     vm.role == VmRole::Primary
+}
+
+/// Whether a VM of this key has a place and may be given work. A test failover is thrown away after the test.
+pub(crate) fn is_placed(vm: &VmKey) -> bool {
+    vm.role != VmRole::TestReplica
 }
 
 impl State {
@@ -119,6 +124,18 @@ impl State {
             }
             None => Refusal::UnknownVm(key.clone()).into(),
         }
+    }
+
+    /// The VM came into another role on its host (a failover): whoever wrote to its disks meanwhile did so behind the
+    /// change tracking of the former one. Its points stay its own.
+    pub(super) fn role_left(&mut self, key: &VmKey, now: u64) -> Outcome {
+        let Some(vm) = self.vms.get_mut(key) else {
+            return Refusal::UnknownVm(key.clone()).into();
+        };
+        vm.gone_since_ms.get_or_insert(now);
+        vm.incarnation = vm.incarnation.next();
+        self.bases.remove(key);
+        Outcome::Done
     }
 
     /// Keeps everything but the hope to reach it: points are kept by their own rule.

@@ -73,12 +73,22 @@ async fn watch_once(
     }
 }
 
+/// What the cluster has for itself is not ours to use (O8).
+pub(super) async fn keep_off_cluster_networks(agent: &Agent) {
+    match agent.hypervisor.cluster_only_networks().await {
+        Ok(networks) => agent.network.keep_off(networks),
+        // As before; the next inventory asks again.
+        Err(e) => tracing::warn!(error = %e, "the cluster's networks are not known"),
+    }
+}
+
 async fn send_inventory(
     agent: &Agent,
     wire: &Wire,
     up: &mpsc::Sender<What>,
 ) -> Result<bool, HypervisorError> {
     let inventory = agent.hypervisor.inventory().await?;
+    keep_off_cluster_networks(agent).await;
     let realized = inventory.vms.iter().filter(|vm| vm.realized).count();
     agent.metrics.vms.set(i64::try_from(realized).unwrap_or(i64::MAX));
     Ok(up.send(What::Inventory(wire.inventory(&inventory))).await.is_ok())

@@ -9,6 +9,7 @@
 //! | `reference_point`, `changes` | resilient change tracking |
 //! | `inventory`, `watch`, `cluster` | what is there, and what changes |
 //! | `traces` | what backups left, whoever made them |
+//! | `networks` | which networks the cluster has for itself |
 //! | `facts`, `disks`, `volumes` | what the consistency plan and the prechecks decide on |
 //! | `contract` | what is expected of WMI: for `node doctor` and the documents |
 //! | `offline` | saving a VM for a moment |
@@ -30,6 +31,7 @@ mod heartbeat;
 mod import;
 mod inventory;
 mod machine;
+mod networks;
 mod offline;
 mod reference_point;
 mod replace;
@@ -45,6 +47,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use outrider_disk::{DiskError, RangeSet};
+use outrider_process::network::Subnet;
 use outrider_proto::ids::VmGuid;
 use outrider_proto::manifest::{Machine, Security};
 use outrider_wmi::Wmi;
@@ -191,6 +194,10 @@ impl Hypervisor for HyperV {
         point: &ReferencePoint,
     ) -> Result<(), HypervisorError> {
         self.remove_reference_point(lease, vm, point).await
+    }
+
+    async fn cluster_only_networks(&self) -> Result<Vec<Subnet>, HypervisorError> {
+        self.networks_of_cluster().await
     }
 
     async fn storage_roots(&self) -> Result<Vec<(PathBuf, u64)>, HypervisorError> {

@@ -114,8 +114,14 @@ async fn steps(
         if !known.committed_point_id.is_empty() {
             context.phase("finishing the hand-over");
             let untracked = untracked_now(context, vm, work).await;
-            return Ok(handover::resume(context, vm, &known, &journal, untracked).await.err());
+            let handed = handover::resume(context, vm, &known, &journal, untracked).await;
+            match handed_over(context, vm, handed).await? {
+                Handed::Again => continue,
+                Handed::Ended(why) => return Ok(why),
+            }
         }
+        // A move is followed by the end of this lease: what is not found meanwhile has moved, too.
+        checkpoint::until_here(context, vm.guid).await?;
         let open = match adoptable(context, vm, &known, &journal).await? {
             Some(open) => open,
             None => {
@@ -153,7 +159,7 @@ async fn steps(
                 // Nothing may hold a file of the checkpoint open when it is converted.
                 context.sources.close().await;
                 context.phase("handing over the base");
-                return Ok(handover::after_commit(
+                let handed = handover::after_commit(
                     context,
                     vm,
                     &open,
@@ -162,8 +168,10 @@ async fn steps(
                     &known,
                     untracked_now(context, vm, work).await,
                 )
-                .await
-                .err());
+                .await;
+                if let Handed::Ended(why) = handed_over(context, vm, handed).await? {
+                    return Ok(why);
+                }
             }
             Err(e) if e.is_superseded() => return Err(e),
             Err(e) => {
@@ -198,6 +206,33 @@ async fn steps(
                 }
             }
         }
+    }
+}
+
+/// How a hand-over ended.
+enum Handed {
+    /// The VM was away and is here again.
+    Again,
+    /// `None`: the host is clean.
+    Ended(Option<JobError>),
+}
+
+/// A VM that moved away in its hand-over took the checkpoint along: its new host goes on, after the end of this lease.
+async fn handed_over(
+    context: &JobContext,
+    vm: &VmKey,
+    handed: Result<(), JobError>,
+) -> Result<Handed, JobError> {
+    match handed {
+        Err(JobError::Hypervisor(HypervisorError::NoSuchVm { .. })) => {
+            tracing::info!("the VM left this host in the hand-over");
+            match checkpoint::until_here(context, vm.guid).await {
+                Ok(()) => Ok(Handed::Again),
+                Err(e) if e.is_superseded() => Err(e),
+                Err(e) => Ok(Handed::Ended(Some(e))),
+            }
+        }
+        handed => Ok(Handed::Ended(handed.err())),
     }
 }
 

@@ -80,8 +80,7 @@ pub(super) async fn make(
 ) -> Result<Made, JobError> {
     context.phase("preparing");
     context.lease.wait_to_mutate().await?;
-    let (state, mut warnings) =
-        until_possible(context, vm.guid, work.require_all_disks, late).await?;
+    let (state, mut warnings) = until_possible(context, vm, work.require_all_disks, late).await?;
     let wanted = Wanted {
         wanted: work.wanted(),
         minimum: work.minimum(),
@@ -121,7 +120,7 @@ pub(super) async fn make(
         } else {
             break;
         }
-        until_possible(context, vm.guid, work.require_all_disks, late).await?;
+        until_possible(context, vm, work.require_all_disks, late).await?;
         made = attempt.try_ways(&plan.ways).await;
     }
     let (checkpoint, way) = match made {
@@ -175,10 +174,11 @@ pub(super) async fn until_here(context: &JobContext, vm: VmGuid) -> Result<(), J
 /// Waits for what passes by itself: migrations, merges, other products' backups, replication.
 async fn until_possible(
     context: &JobContext,
-    vm: VmGuid,
+    key: &VmKey,
     require_all_disks: bool,
     late: bool,
 ) -> Result<(VmState, Vec<String>), JobError> {
+    let vm = key.guid;
     let started = Instant::now();
     let mut backoff =
         Backoff::new(context.times.busy_first, context.times.busy_ceiling, Backoff::any_seed());
@@ -186,6 +186,9 @@ async fn until_possible(
         context.lease.check()?;
         let (failure, patience) = match context.hypervisor.vm(vm).await {
             Ok(state) => {
+                if let Some(obstacle) = precheck::replica::other_role(&state, key.role) {
+                    return Err(JobError::Precheck(obstacle));
+                }
                 let foreign: Vec<Checkpoint> = context
                     .hypervisor
                     .checkpoints(vm)

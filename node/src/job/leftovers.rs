@@ -138,7 +138,7 @@ pub(super) async fn clear(
 }
 
 /// Waits until no checkpoint of the VM is being merged: only then is a host clean (promise 5). A VM that is not here has
-/// nothing to merge here.
+/// nothing to merge here, unless its hypervisor says that it may have taken the merge along.
 ///
 /// # Errors
 /// [`HypervisorError::TooLong`] when the merge takes longer than is waited for: its duty stays open.
@@ -150,7 +150,9 @@ pub(super) async fn wait_for_merge(context: &JobContext, vm: VmGuid) -> Result<(
         context.lease.check()?;
         let state = match context.hypervisor.vm(vm).await {
             Ok(state) => state,
-            Err(HypervisorError::NoSuchVm { .. }) => return Ok(()),
+            Err(HypervisorError::NoSuchVm { .. }) => {
+                return Ok(context.hypervisor.checkpoints(vm).await.map(drop)?);
+            }
             Err(e) => return Err(e.into()),
         };
         let ours = |path: &str| path.to_ascii_lowercase().ends_with(".avhdx");

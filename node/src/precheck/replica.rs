@@ -2,10 +2,11 @@
 //! the replica; each of these states has its own sentence, and all of them pass, some only after somebody acted.
 
 use outrider_proto::error_code;
+use outrider_proto::ids::VmRole;
 
 use super::Obstacle;
-use crate::hypervisor::VmState;
 use crate::hypervisor::facts::{ReplicaSide, Replication, ReplicationHealth, ReplicationState};
+use crate::hypervisor::{ReplicaRole, VmState};
 
 pub(super) fn obstacle(state: &VmState) -> Option<Obstacle> {
     let of = |r: &Replication| {
@@ -15,6 +16,34 @@ pub(super) fn obstacle(state: &VmState) -> Option<Obstacle> {
         Some(Obstacle { code: error_code::REPLICA_STATE, sentence, passes: true })
     };
     state.facts.replication.iter().find_map(of)
+}
+
+/// Why a run that is for a VM in one role does not go on with what its host shows now: both sides of a replication have one
+/// GUID, and their histories are kept apart.
+#[must_use]
+pub(crate) fn other_role(state: &VmState, wanted: VmRole) -> Option<Obstacle> {
+    let role = |replica| match replica {
+        ReplicaRole::None => VmRole::Primary,
+        ReplicaRole::Replica => VmRole::Replica,
+        ReplicaRole::TestReplica => VmRole::TestReplica,
+    };
+    let found = role(state.vm.replica);
+    let word = |role| match role {
+        VmRole::Primary => "the VM itself",
+        VmRole::Replica => "the receiving side of a replication",
+        VmRole::TestReplica => "a test failover",
+    };
+    (found != wanted).then(|| Obstacle {
+        code: error_code::REPLICA_STATE,
+        passes: false,
+        sentence: format!(
+            "VM {:?} is {} now, this run is for {}: the two have recovery points of their own; back up the one that is meant \
+             (a replica is named \"NAME@replica\")",
+            state.vm.name,
+            word(found),
+            word(wanted)
+        ),
+    })
 }
 
 /// The receiving side: never better than crash-consistent, and not at all in these states.

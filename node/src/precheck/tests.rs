@@ -264,6 +264,22 @@ fn change_tracking_needs_its_version_and_level() {
     }
 }
 
+/// Both sides of a replication have one GUID: a run never goes on with the other one.
+#[test]
+fn a_run_for_one_side_of_a_replication_does_not_take_the_other() {
+    use crate::hypervisor::ReplicaRole;
+    use outrider_proto::ids::VmRole;
+    let mut state = vm();
+    assert_eq!(replica::other_role(&state, VmRole::Primary), None);
+    state.vm.replica = ReplicaRole::Replica;
+    assert_eq!(replica::other_role(&state, VmRole::Replica), None);
+    let told = replica::other_role(&state, VmRole::Primary).expect("the other one");
+    assert!(told.sentence.contains("NAME@replica") && !told.passes, "{}", told.sentence);
+    assert!(untracked(&state).is_some_and(|t| t.contains("replication writes")));
+    state.vm.replica = ReplicaRole::TestReplica;
+    assert!(replica::other_role(&state, VmRole::Replica).is_some());
+}
+
 /// J9: what Windows' own tools cannot handle; they count as Windows does.
 #[test]
 fn a_target_is_shorter_than_260() {

@@ -8,7 +8,7 @@ use outrider_proto::rpc::RestoreWork;
 
 use super::files;
 use super::trail::Trail;
-use crate::hypervisor::{Inventory, VmSeen};
+use crate::hypervisor::{Inventory, ReplicaRole, VmSeen};
 use crate::job::JobError;
 
 /// Numbered folders that are searched for what an earlier attempt left.
@@ -96,6 +96,13 @@ fn in_the_way(
             "VM {:?} ({}) exists on this host; restore under another name and a new GUID, or with --overwrite",
             existing.name, existing.guid
         ))),
+        Some(existing) if existing.replica != ReplicaRole::None => {
+            Err(JobError::TargetTaken(format!(
+                "VM {:?} ({}) is the receiving side of a replication on this host, which nothing else may write to: restore \
+                 under another name and a new GUID, or end the replication first (Remove-VMReplication)",
+                existing.name, existing.guid
+            )))
+        }
         found => Ok(found.map(|vm| vm.guid)),
     }
 }
@@ -225,6 +232,12 @@ pub(super) mod tests {
         assert_eq!((again.folder, again.trail.is_some()), (begun.folder.clone(), true));
         let other_job = choose(&manifest, &work, &inventory, &roots, JobId::random());
         assert_ne!(other_job.expect("a place").folder, begun.folder);
+        // Overwriting what replication writes would make a mix of both.
+        let replica = VmSeen { replica: ReplicaRole::Replica, ..vm.clone() };
+        let there = Inventory { vms: vec![replica], ..Inventory::default() };
+        let refused =
+            choose(&manifest, &work, &there, &roots, JobId::random()).expect_err("a replica");
+        assert!(refused.to_string().contains("Remove-VMReplication"), "{refused}");
         let other = RestoreWork { target_name: "위성/2".into(), ..RestoreWork::default() };
         let target =
             choose(&manifest, &other, &inventory, &roots, JobId::random()).expect("a place");

@@ -4,10 +4,14 @@
 //! storage. `source` names the subnets (or addresses) that connections leave from, in the order of preference; what lies
 //! in `avoid` is neither left from nor connected to. Both are strict: where nothing fits, the connection is refused with a
 //! sentence instead of taking another way.
+//!
+//! A failover cluster says itself which networks are its own only; whoever reads that tells it here
+//! ([`Network::keep_off`]), and they are avoided, too, unless `source` names them.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::str::FromStr;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -27,6 +31,12 @@ pub struct NetworkConfig {
 pub struct Subnet(IpNet);
 
 impl Subnet {
+    /// The subnet that an address with this many leading bits lies in; `None` when there are not so many.
+    #[must_use]
+    pub fn of(address: IpAddr, bits: u8) -> Option<Self> {
+        IpNet::new(address, bits).ok().map(|net| Self(net.trunc()))
+    }
+
     fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address)
     }
@@ -67,12 +77,14 @@ impl<'de> Deserialize<'de> for Subnet {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NetworkError {
     /// The other end lies in an avoided network.
-    #[error("{remote} lies in {subnet}, which `[network] avoid` forbids")]
+    #[error("{remote} lies in {subnet}, which {by}")]
     Avoided {
         /// The other end.
         remote: IpAddr,
         /// The forbidden subnet.
         subnet: String,
+        /// Who forbids it.
+        by: Forbidden,
     },
     /// No address of ours fits.
     #[error(
@@ -88,33 +100,74 @@ pub enum NetworkError {
     },
     /// The system would take a forbidden way.
     #[error(
-        "the way to {remote} leaves from {local}, which `[network] avoid` forbids; name another subnet in `[network] source`"
+        "the way to {remote} leaves from {local}, which {by}; name the subnet to leave from in `[network] source`"
     )]
     Way {
         /// The other end.
         remote: IpAddr,
         /// Where it would leave from.
         local: IpAddr,
+        /// Who forbids it.
+        by: Forbidden,
     },
+}
+
+/// Who keeps us off a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forbidden {
+    /// The operator.
+    Configured,
+    /// The failover cluster.
+    Cluster,
+}
+
+impl fmt::Display for Forbidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Configured => "`[network] avoid` forbids",
+            Self::Cluster => "is the failover cluster's own network (role \"cluster only\")",
+        })
+    }
 }
 
 /// The choice of networks of one process. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Network {
     config: NetworkConfig,
+    cluster: Arc<RwLock<Vec<Subnet>>>,
 }
 
 impl Network {
     /// With these preferences.
     #[must_use]
     pub fn new(config: NetworkConfig) -> Self {
-        Self { config }
+        Self { config, cluster: Arc::default() }
+    }
+
+    /// Networks that a failover cluster has for itself, in place of those told before. All clones keep off them from now
+    /// on; connections that stand are left alone.
+    pub fn keep_off(&self, cluster_only: Vec<Subnet>) {
+        let named =
+            |only: &Subnet| self.config.source.iter().any(|source| only.0.contains(&source.0));
+        let off: Vec<Subnet> = cluster_only.into_iter().filter(|only| !named(only)).collect();
+        let mut now = self.cluster.write().unwrap_or_else(PoisonError::into_inner);
+        if *now != off {
+            let networks: Vec<String> = off.iter().map(ToString::to_string).collect();
+            tracing::info!(?networks, "the cluster's own networks are not used");
+            *now = off;
+        }
+    }
+
+    fn rules(&self) -> Rules<'_> {
+        let cluster = self.cluster.read().unwrap_or_else(PoisonError::into_inner).clone();
+        Rules { config: &self.config, cluster }
     }
 
     /// Whether the system chooses everything.
     #[must_use]
     pub fn is_any(&self) -> bool {
-        self.config == NetworkConfig::default()
+        let rules = self.rules();
+        *rules.config == NetworkConfig::default() && rules.cluster.is_empty()
     }
 
     /// The address to connect from; `None`: as the system chooses. Addresses are looked up each time: they come and go.
@@ -128,13 +181,14 @@ impl Network {
         // A system that does not tell its addresses has none that fits.
         let locals = if_addrs::get_if_addrs().unwrap_or_default();
         let locals: Vec<IpAddr> = locals.iter().map(if_addrs::Interface::ip).collect();
-        choose(&self.config, &locals, remote, way_to)
+        choose(&self.rules(), &locals, remote, way_to)
     }
 
     /// Addresses of the other end in the order to try them: preferred subnets first, forbidden ones not at all.
     #[must_use]
     pub fn order(&self, mut remotes: Vec<SocketAddr>) -> Vec<SocketAddr> {
-        remotes.retain(|at| !self.config.avoid.iter().any(|net| net.contains(plain(at.ip()))));
+        let rules = self.rules();
+        remotes.retain(|at| rules.forbids(plain(at.ip())).is_none());
         let rank = |at: &SocketAddr| {
             let place = self.config.source.iter().position(|net| net.contains(plain(at.ip())));
             place.unwrap_or(usize::MAX)
@@ -149,8 +203,24 @@ fn plain(address: IpAddr) -> IpAddr {
     address.to_canonical()
 }
 
+/// What may be used.
+struct Rules<'a> {
+    config: &'a NetworkConfig,
+    cluster: Vec<Subnet>,
+}
+
+impl Rules<'_> {
+    fn forbids(&self, address: IpAddr) -> Option<(Subnet, Forbidden)> {
+        let of = |nets: &[Subnet], by| {
+            nets.iter().find(|net| net.contains(address)).map(|net| (*net, by))
+        };
+        of(&self.config.avoid, Forbidden::Configured)
+            .or_else(|| of(&self.cluster, Forbidden::Cluster))
+    }
+}
+
 fn choose(
-    config: &NetworkConfig,
+    rules: &Rules<'_>,
     locals: &[IpAddr],
     remote: IpAddr,
     way: impl Fn(IpAddr) -> Option<IpAddr>,
@@ -159,20 +229,21 @@ fn choose(
     if remote.is_loopback() {
         return Ok(None);
     }
-    if let Some(subnet) = config.avoid.iter().find(|net| net.contains(remote)) {
-        return Err(NetworkError::Avoided { remote, subnet: subnet.to_string() });
+    if let Some((subnet, by)) = rules.forbids(remote) {
+        return Err(NetworkError::Avoided { remote, subnet: subnet.to_string(), by });
     }
-    let forbidden = |local: IpAddr| config.avoid.iter().any(|net| net.contains(local));
+    let config = rules.config;
     if config.source.is_empty() {
-        return match way(remote) {
-            Some(local) if forbidden(plain(local)) => {
-                Err(NetworkError::Way { remote, local: plain(local) })
-            }
-            _ => Ok(None),
+        let way = way(remote).map(plain);
+        return match way.and_then(|local| rules.forbids(local).map(|(_, by)| (local, by))) {
+            Some((local, by)) => Err(NetworkError::Way { remote, local, by }),
+            None => Ok(None),
         };
     }
     let usable = |local: &&IpAddr| {
-        local.is_ipv4() == remote.is_ipv4() && !local.is_loopback() && !forbidden(**local)
+        local.is_ipv4() == remote.is_ipv4()
+            && !local.is_loopback()
+            && rules.forbids(**local).is_none()
     };
     let found = config
         .source
@@ -215,7 +286,8 @@ mod tests {
         remote: &str,
     ) -> Result<Option<IpAddr>, NetworkError> {
         let locals = LOCALS.map(ip);
-        choose(&config(source, avoid), &locals, ip(remote), |r| {
+        let network = Network::new(config(source, avoid));
+        choose(&network.rules(), &locals, ip(remote), |r| {
             Some(if r.is_ipv4() { ip("192.168.7.4") } else { ip("fd00::3") })
         })
     }
@@ -252,6 +324,46 @@ mod tests {
         let error = chosen(&["172.16.0.0/12"], &[], "8.8.8.8").expect_err("strict");
         assert!(error.to_string().contains("no IPv4 address"), "{error}");
         chosen(&["10.0.0.0/8"], &[], "2001:db8::1").expect_err("no IPv6 source");
+    }
+
+    /// O8: never the cluster's own network by default.
+    #[test]
+    fn a_network_of_the_cluster_is_used_only_when_it_is_named() {
+        let only = |text: &str| text.parse::<Subnet>().expect("a subnet");
+        let way = |_| Some(ip("10.1.2.3"));
+        let choose_with = |source: &[&str], remote: &str| {
+            let network = Network::new(config(source, &[]));
+            network.keep_off(vec![only("10.1.0.0/16")]);
+            choose(&network.rules(), &LOCALS.map(ip), ip(remote), way)
+        };
+        let error = choose_with(&[], "10.1.9.9").expect_err("the cluster's own").to_string();
+        assert!(error.contains("10.1.0.0/16") && error.contains("cluster only"), "{error}");
+        let error = choose_with(&[], "8.8.8.8").expect_err("leads through it").to_string();
+        assert!(error.contains("10.1.2.3") && error.contains("`[network] source`"), "{error}");
+        assert_eq!(choose_with(&["192.168.0.0/16"], "8.8.8.8"), Ok(Some(ip("192.168.7.4"))));
+        // Part of a wide preference is not named by it.
+        choose_with(&["10.0.0.0/8"], "8.8.8.8").expect_err("10.1.0.0/16 was not named");
+        for named in ["10.1.0.0/16", "10.1.2.3"] {
+            assert_eq!(choose_with(&[named], "10.1.9.9"), Ok(Some(ip("10.1.2.3"))), "{named}");
+        }
+        // All clones hear it, also that it is over.
+        let network = Network::default();
+        let clone = network.clone();
+        network.keep_off(vec![only("10.1.0.0/16")]);
+        let at = vec!["10.1.9.9:1".parse::<SocketAddr>().expect("an address")];
+        assert_eq!((clone.order(at.clone()), clone.is_any()), (vec![], false));
+        network.keep_off(vec![]);
+        assert_eq!((clone.order(at.clone()), clone.is_any()), (at, true));
+    }
+
+    #[test]
+    fn a_subnet_is_told_by_an_address_and_its_bits() {
+        assert_eq!(
+            Subnet::of(ip("10.1.2.3"), 16).map(|s| s.to_string()),
+            Some("10.1.0.0/16".into())
+        );
+        assert_eq!(Subnet::of(ip("fd00::1"), 64).map(|s| s.to_string()), Some("fd00::/64".into()));
+        assert_eq!(Subnet::of(ip("10.1.2.3"), 33), None);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::control::{
     CallRecord, Command, Comparison, CreateVm, DiskSource, Fault, FileBytes, GateSpec, GuestWrite,
     HoldSpec, HostSetup, LabState, MigrationKind, TruthRecord, VmSetup, VmState, WaitFor,
 };
-use crate::shape::{HostShape, VmShape};
+use crate::shape::{HostShape, NetworkShape, VmShape};
 use crate::steer::CommandError;
 
 /// Why a command was not done.
@@ -226,6 +226,16 @@ impl LabControl {
     /// Ends a drain.
     pub async fn resume_host(&self, host: &str) -> Result<(), ControlError> {
         self.ask(Command::ResumeHost { host: host.into() }).await
+    }
+
+    /// The cluster has these networks.
+    pub async fn shape_networks(&self, networks: Vec<NetworkShape>) -> Result<(), ControlError> {
+        self.ask(Command::ShapeNetworks { networks }).await
+    }
+
+    /// Replication writes to the disks of a VM that is off, behind its change tracking.
+    pub async fn apply_log(&self, vm: &str, bytes: u64, seed: u64) -> Result<u64, ControlError> {
+        self.ask(Command::ApplyLog { vm: vm.into(), bytes, seed }).await
     }
 
     /// WMI's service on a host restarts: its agent's connections and subscriptions end.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::config::CheckpointOnMigration;
-use crate::shape::{HostShape, VmShape};
+use crate::shape::{HostShape, NetworkShape, VmShape};
 
 /// A new VM.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -422,6 +422,7 @@ pub(crate) enum Command {
     ShapeVm { vm: String, shape: Box<VmShape> },
     ShapeHost { host: String, shape: HostShape },
     ShapeCluster { functional_level: u32 },
+    ShapeNetworks { networks: Vec<NetworkShape> },
     ShapeCsv { csv: String, fault_state: u32 },
     GuestWrite(GuestWrite),
     GuestRate { vm: String, bytes_per_second: u64, seed: u64 },
@@ -435,6 +436,7 @@ pub(crate) enum Command {
     DrainHost { host: String },
     ResumeHost { host: String },
     RestartWmi { host: String },
+    ApplyLog { vm: String, bytes: u64, seed: u64 },
     SetCheckpointOnMigration(CheckpointOnMigration),
     TruthList { vm: String },
     Compare { disk_path: PathBuf, checkpoint: Uuid, disk: usize },

@@ -101,6 +101,19 @@ impl VmIo {
         Ok(())
     }
 
+    /// A write that change tracking does not see.
+    pub(crate) fn write_unseen(
+        &mut self,
+        disk: Uuid,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), LabError> {
+        match self.writers.get_mut(&disk) {
+            Some(writer) => Ok(writer.write_at(offset, data)?),
+            None => Err(LabError::refused(disk, 32775, "the disk is not open")),
+        }
+    }
+
     pub(crate) fn mark(&mut self, disk: Uuid) -> String {
         self.trackers.entry(disk).or_default().mark(&guid(disk))
     }

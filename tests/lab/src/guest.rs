@@ -97,6 +97,35 @@ fn pieces(write: &GuestWrite, sizes: &[u64]) -> Vec<(usize, u64, u64)> {
     out
 }
 
+/// What replication does to the disks of a VM that is off: it writes, and change tracking need not see it. Blocks.
+pub(crate) fn apply_log(
+    cluster: &Cluster,
+    id: Uuid,
+    bytes: u64,
+    seed: u64,
+) -> Result<u64, LabError> {
+    let (io, disks) = cluster.read(|s| {
+        let vm = s.vm(id)?;
+        if vm.power.holds_disks() || vm.checkpoints.iter().any(|c| c.recovery) {
+            return Err(LabError::refused(&vm.name, 32775, "the VM runs or is being backed up"));
+        }
+        Ok((vm.io.clone(), vm.disks.clone()))
+    })?;
+    let mut io = locked(&io);
+    let sizes: Vec<u64> = disks.iter().map(|d| if d.is_virtual() { d.size } else { 0 }).collect();
+    let all = GuestWrite { disk: None, ..GuestWrite::scattered("", bytes, seed) };
+    let mut written = 0;
+    io.open_all(&disks)?;
+    for (place, offset, length) in pieces(&all, &sizes) {
+        let mut data = vec![0; usize::try_from(length).unwrap_or(0)];
+        fill(seed, offset, &mut data);
+        io.write_unseen(disks[place].id, offset, &data)?;
+        written += length;
+    }
+    io.close_all()?;
+    Ok(written)
+}
+
 /// Writes now, and returns when all is written. The bytes reach change tracking with the same lock held.
 pub(crate) async fn write(cluster: &Arc<Cluster>, write: GuestWrite) -> Result<u64, LabError> {
     let (vm, sizes) = cluster.read(|s| {

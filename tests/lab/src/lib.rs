@@ -53,4 +53,4 @@ pub use control::{
 };
 pub use error::LabError;
 pub use serve::run;
-pub use shape::{HostShape, Relation, VmShape};
+pub use shape::{HostShape, NetworkShape, Relation, VmShape};

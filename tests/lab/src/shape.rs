@@ -61,6 +61,19 @@ pub struct HostShape {
     pub drain_status: Option<u32>,
 }
 
+/// A network of the cluster.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetworkShape {
+    /// Name, e.g. "Cluster Network 2".
+    pub name: String,
+    /// 0 none, 1 cluster only, 2 clients only, 3 both.
+    pub role: u32,
+    /// Address of the network.
+    pub address: std::net::Ipv4Addr,
+    /// Its leading bits.
+    pub prefix: u8,
+}
+
 /// The shape of a VM as it is.
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
@@ -147,11 +160,17 @@ pub(crate) struct Surroundings {
     /// FaultState by CSV.
     pub(crate) csvs: BTreeMap<String, u32>,
     pub(crate) functional_level: u32,
+    pub(crate) networks: Vec<NetworkShape>,
 }
 
 impl Default for Surroundings {
     fn default() -> Self {
-        Self { hosts: BTreeMap::new(), csvs: BTreeMap::new(), functional_level: 11 }
+        Self {
+            hosts: BTreeMap::new(),
+            csvs: BTreeMap::new(),
+            functional_level: 11,
+            networks: Vec::new(),
+        }
     }
 }
 

@@ -141,6 +141,10 @@ async fn obey(cluster: &Arc<Cluster>, command: Command) -> Result<Json, LabError
             cluster.change(|s| s.around.functional_level = functional_level);
             json(())
         }
+        Command::ShapeNetworks { networks } => {
+            cluster.change(|s| s.around.networks = networks);
+            json(())
+        }
         Command::ShapeCsv { csv, fault_state } => json(cluster.change(|s| {
             if s.csvs.iter().all(|c| c.name != csv) {
                 return Err(LabError::unknown("CSV", &csv));
@@ -180,6 +184,10 @@ async fn obey(cluster: &Arc<Cluster>, command: Command) -> Result<Json, LabError
         Command::StartHost { host } => json(host::start(cluster, &host)?),
         Command::DrainHost { host } => json(host::drain(cluster, &host).await?),
         Command::ResumeHost { host } => json(host::resume(cluster, &host)?),
+        Command::ApplyLog { vm, bytes, seed } => {
+            let id = id_of(&vm)?;
+            on_disks(cluster, move |c| guest::apply_log(c, id, bytes, seed)).await.and_then(json)
+        }
         Command::RestartWmi { host } => json(host::restart_wmi(cluster, &host)?),
         Command::SetCheckpointOnMigration(switch) => {
             cluster.change(|s| s.switch = switch);

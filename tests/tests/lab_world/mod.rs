@@ -41,6 +41,8 @@ pub(crate) struct World {
     pub(crate) coordinator: MemoryCoordinator,
     pub(crate) store: MemoryStore,
     pub(crate) vm: VmState,
+    /// What the VM is to its realm.
+    pub(crate) role: VmRole,
 }
 
 /// A job, which may have several attempts.
@@ -112,6 +114,7 @@ impl World {
             coordinator: MemoryCoordinator::new(),
             store: MemoryStore::new(),
             vm,
+            role: VmRole::Primary,
         }
     }
 
@@ -132,7 +135,7 @@ impl World {
     }
 
     pub(crate) fn key(&self) -> VmKey {
-        VmKey { realm: "cluster".into(), guid: VmGuid(self.vm.id), role: VmRole::Primary }
+        VmKey { realm: "cluster".into(), guid: VmGuid(self.vm.id), role: self.role }
     }
 
     pub(crate) async fn write(&self, bytes: u64, seed: u64) {

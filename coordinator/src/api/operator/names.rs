@@ -1,10 +1,10 @@
 //! Names and ids as operators give them: a key or id always works, a name only while it is unique.
 
-use outrider_proto::ids::{GroupId, PointId, VmKey};
+use outrider_proto::ids::{GroupId, PointId, VmKey, VmRole};
 
 use crate::state::State;
 use crate::state::points::Point;
-use crate::state::vms::is_followed;
+use crate::state::vms::is_primary;
 
 /// A name that does not name one thing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,6 +37,14 @@ pub(super) fn check_name(what: &'static str, name: &str) -> Result<(), NameError
     if fits { Ok(()) } else { Err(NameError::Bad { what, name: name.to_owned() }) }
 }
 
+/// What names the receiving side of a replication: `NAME@replica`.
+const REPLICA: &str = "@replica";
+
+/// Whether somebody said that a replica is meant.
+pub(super) fn means_replica(text: &str) -> bool {
+    text.ends_with(REPLICA) || text.parse::<VmKey>().is_ok_and(|key| key.role == VmRole::Replica)
+}
+
 /// All VMs that a name or key may mean.
 pub(super) fn vms(state: &State, text: &str) -> Vec<VmKey> {
     if let Ok(key) = text.parse::<VmKey>()
@@ -44,20 +52,51 @@ pub(super) fn vms(state: &State, text: &str) -> Vec<VmKey> {
     {
         return vec![key];
     }
-    state.vms.iter().filter(|(_, vm)| vm.name == text).map(|(key, _)| key.clone()).collect()
+    let named = |name: &str| -> Vec<VmKey> {
+        state.vms.iter().filter(|(_, vm)| vm.name == name).map(|(key, _)| key.clone()).collect()
+    };
+    let found = named(text);
+    match text.strip_suffix(REPLICA) {
+        Some(of) if found.is_empty() => {
+            let copies = |key: &VmKey| key.role == VmRole::Replica;
+            let by_name: Vec<VmKey> = named(of).into_iter().filter(copies).collect();
+            let same = |key: &&VmKey| copies(key) && key.guid.to_string() == of.to_lowercase();
+            match by_name.is_empty() {
+                true => state.vms.keys().filter(same).cloned().collect(),
+                false => by_name,
+            }
+        }
+        _ => found,
+    }
 }
 
 /// The one VM that a name or key means. Replicas and duplicates carry the name of the VM they copy: they count only when
 /// there is nothing else.
 pub(super) fn vm(state: &State, text: &str) -> Result<VmKey, NameError> {
     let all = vms(state, text);
-    let followed: Vec<VmKey> = all
+    let primary: Vec<VmKey> = all
         .iter()
-        .filter(|key| is_followed(key) && state.vms.get(key).is_some_and(|vm| !vm.duplicate))
+        .filter(|key| is_primary(key) && state.vms.get(key).is_some_and(|vm| !vm.duplicate))
         .cloned()
         .collect();
-    one("VM", text, if followed.is_empty() { all } else { followed })?
+    one("VM", text, if primary.is_empty() { all } else { primary })?
         .ok_or_else(|| NameError::UnknownVm(text.to_owned()))
+}
+
+/// As [`vm`], for work: after a failover both sides have been the VM, and the one that lives is meant.
+pub(super) fn vm_at_work(state: &State, text: &str) -> Result<VmKey, NameError> {
+    let found = vm(state, text);
+    if !matches!(found, Err(NameError::Ambiguous { .. })) {
+        return found;
+    }
+    let works = |key: &VmKey| state.vms.get(key).is_some_and(|vm| vm.is_workable());
+    let means_replica = means_replica(text);
+    let mut living = vms(state, text);
+    living.retain(|key| works(key) && (means_replica || is_primary(key)));
+    match living.as_slice() {
+        [one] => Ok(one.clone()),
+        _ => found,
+    }
 }
 
 /// As [`vm`], also for VMs that only their points remember.
@@ -67,7 +106,7 @@ pub(super) fn vm_with_points(state: &State, text: &str) -> Result<VmKey, NameErr
             let mut keys: Vec<VmKey> = state
                 .points
                 .values()
-                .filter(|p| p.vm_name == text || p.vm.to_string() == text)
+                .filter(|p| p.vm.to_string() == text || is_named(p, text))
                 .map(|p| p.vm.clone())
                 .collect();
             keys.sort();
@@ -75,6 +114,14 @@ pub(super) fn vm_with_points(state: &State, text: &str) -> Result<VmKey, NameErr
             one("VM", text, keys)?.ok_or_else(|| NameError::UnknownVm(text.to_owned()))
         }
         found => found,
+    }
+}
+
+/// Whether a point that outlived its VM is of the VM of this name. Of both sides of a replication the VM itself is meant.
+fn is_named(point: &Point, text: &str) -> bool {
+    match text.strip_suffix(REPLICA) {
+        Some(of) => point.vm.role == VmRole::Replica && point.vm_name == of,
+        None => is_primary(&point.vm) && point.vm_name == text,
     }
 }
 

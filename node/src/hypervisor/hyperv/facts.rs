@@ -3,13 +3,15 @@
 //! What a host does not have (a class, a namespace, a property) is "not told"; that the provider does not answer is an
 //! error.
 
+use std::collections::HashMap;
+
 use outrider_proto::ids::VmGuid;
 use outrider_wmi::{NS_CIM, NS_CLUSTER, NS_VIRTUALIZATION, Object, Value, WmiError, embedded};
 
 use super::HyperV;
 use super::call::{Call, provider};
 use super::cluster;
-use super::inventory::{configured, seen};
+use super::inventory::{configured, role, seen};
 use super::wql::{self, literal};
 use crate::hypervisor::VmState;
 use crate::hypervisor::error::HypervisorError;
@@ -37,16 +39,21 @@ const UNMONITORED: u64 = 256;
 /// OfflineAction: save.
 const SAVE: u64 = 1;
 
+/// Replications by VM; of a VM without any there is nothing.
+pub(super) type Replications = HashMap<VmGuid, Vec<Replication>>;
+
 impl HyperV {
     pub(super) async fn vm_state(&self, vm: VmGuid) -> Result<VmState, HypervisorError> {
         let system = self.system(vm).await?.ok_or(HypervisorError::NoSuchVm { vm })?;
         let view = self.cluster_view().await?;
+        let mut replications = self.replications().await?;
         let mut seen = seen(&system, vm, &view);
+        seen.replica = role(&seen, &replications);
         let status = |n: usize| {
             system.array("OperationalStatus").get(n).and_then(Value::as_u64).unwrap_or(0)
         };
         let mut facts = VmFacts {
-            replication: self.replication(vm).await?,
+            replication: replications.remove(&vm).unwrap_or_default(),
             host: self.host_facts().await?,
             ..VmFacts::default()
         };
@@ -140,24 +147,26 @@ impl HyperV {
         }
     }
 
-    async fn replication(&self, vm: VmGuid) -> Result<Vec<Replication>, HypervisorError> {
-        let doing = "look at a VM's replication";
+    /// The replications of all VMs of this host.
+    pub(super) async fn replications(&self) -> Result<Replications, HypervisorError> {
+        let doing = "look at VMs' replications";
         let all = self
             .optional(NS_VIRTUALIZATION, doing, "SELECT * FROM Msvm_ReplicationRelationship")
             .await?;
         let of = |r: &Object| {
-            Some(Replication {
+            let replication = Replication {
                 side: ReplicaSide::of(r.u64("ReplicationMode")?)?,
                 state: ReplicationState::of(r.u64("ReplicationState")?),
                 health: ReplicationHealth::of(r.u64("ReplicationHealth").unwrap_or(0)),
-            })
+            };
+            let active = replication.state != ReplicationState::Disabled;
+            active.then_some((VmGuid(wql::settings_guid(r)?), replication))
         };
-        Ok(all
-            .iter()
-            .filter(|r| wql::settings_guid(r) == Some(vm.0))
-            .filter_map(of)
-            .filter(|r| r.state != ReplicationState::Disabled)
-            .collect())
+        let mut out = Replications::new();
+        for (vm, replication) in all.iter().filter_map(of) {
+            out.entry(vm).or_default().push(replication);
+        }
+        Ok(out)
     }
 
     /// Whether it has a virtual TPM, and whether it is shielded.

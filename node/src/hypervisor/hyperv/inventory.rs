@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::HyperV;
 use super::cluster::ClusterView;
+use super::facts::Replications;
 use super::wql::{self, PLANNED, REALIZED, RESOURCE, SETTINGS, STORAGE, SYSTEM, literal};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::facts::ReplicaSide;
@@ -40,12 +41,14 @@ impl HyperV {
         parts.extend(self.query(listing, &format!("SELECT * FROM {RESOURCE}")).await?);
         let parts = by_settings(parts);
         let view = self.cluster_view().await?;
+        let replications = self.replications().await?;
         let nothing = Vec::new();
         let mut vms = Vec::new();
         for system in &systems {
             // The host itself is a computer system, too; VMs are named by GUID. Captions are translated.
             let Some(vm) = wql::named_guid(system) else { continue };
             let mut seen = seen(system, vm, &view);
+            seen.replica = role(&seen, &replications);
             if let Some(settings) = settings.get(&vm.0).and_then(|s| s.first()) {
                 configured(&mut seen, settings);
             }
@@ -69,6 +72,7 @@ impl HyperV {
     ) -> Result<Option<VmSeen>, HypervisorError> {
         let Some(system) = self.system(vm).await? else { return Ok(None) };
         let mut seen = seen(&system, vm, view);
+        seen.replica = role(&seen, &self.replications().await?);
         if let Some(settings) = self.active_settings(vm).await? {
             configured(&mut seen, &settings);
             let parts = self.components(&settings).await?;
@@ -80,6 +84,12 @@ impl HyperV {
     pub(super) async fn system(&self, vm: VmGuid) -> Result<Option<Object>, HypervisorError> {
         let wql = format!("SELECT * FROM {SYSTEM} WHERE Name={}", literal(&wql::guid(vm.0)));
         Ok(self.query("look at a VM", &wql).await?.into_iter().next())
+    }
+
+    /// That nothing of a VM was found says something only while it is here: it takes its checkpoints and reference points
+    /// along when it moves. Asked after the search.
+    pub(super) async fn is_here(&self, vm: VmGuid) -> Result<(), HypervisorError> {
+        self.system(vm).await?.map(drop).ok_or(HypervisorError::NoSuchVm { vm })
     }
 
     pub(super) async fn active_settings(
@@ -138,6 +148,19 @@ pub(super) fn seen(system: &Object, vm: VmGuid, view: &ClusterView) -> VmSeen {
         generation: 2,
         version: String::new(),
         disks: Vec::new(),
+    }
+}
+
+/// What a VM is by its replications: the computer system's own ReplicationMode is said to be out of use since Windows 8.1,
+/// and one of the two may be missing.
+pub(super) fn role(seen: &VmSeen, replications: &Replications) -> ReplicaRole {
+    let sides = || replications.get(&seen.guid).into_iter().flatten().map(|r| r.side);
+    if sides().any(|side| side == ReplicaSide::Test) {
+        ReplicaRole::TestReplica
+    } else if sides().any(ReplicaSide::receives) {
+        ReplicaRole::Replica
+    } else {
+        seen.replica
     }
 }
 

@@ -20,6 +20,9 @@ impl HyperV {
             literal(&wql::guid(vm.0))
         );
         let found = self.query("list the reference points of a VM", &wql).await?;
+        if found.is_empty() {
+            self.is_here(vm).await?;
+        }
         Ok(found.iter().filter_map(reference_point).collect())
     }
 

@@ -40,6 +40,9 @@ impl HyperV {
             literal(RECOVERY)
         );
         let found = self.query("list the checkpoints of a VM", &wql).await?;
+        if found.is_empty() {
+            self.is_here(vm).await?;
+        }
         Ok(found.iter().filter_map(checkpoint).collect())
     }
 

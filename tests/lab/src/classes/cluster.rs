@@ -58,6 +58,19 @@ pub(super) fn instances(state: &State, class: &str) -> Option<Vec<Object>> {
                     .with("TotalSize", total)
             })
             .collect(),
+        "mscluster_network" => state
+            .around
+            .networks
+            .iter()
+            .map(|network| {
+                keyed("MSCluster_Network", &network.name)
+                    .with("Role", network.role)
+                    .with("Address", network.address.to_string())
+                    .with("IPv4Addresses", vec![network.address.to_string()])
+                    .with("IPv4PrefixLengths", vec![network.prefix.to_string()])
+                    .with("State", 3_u32)
+            })
+            .collect(),
         "mscluster_diskpartition" => state
             .csvs
             .iter()
