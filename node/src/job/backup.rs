@@ -26,7 +26,7 @@ use super::leftovers::Recorded;
 use super::{
     JobContext, JobError, Outcome, capture, carry, checkpoint, commit, handover, leftovers,
 };
-use crate::hypervisor::Checkpoint;
+use crate::hypervisor::{Checkpoint, HypervisorError};
 use crate::journal::{Adopted, Journal};
 use crate::pipeline::Stats;
 
