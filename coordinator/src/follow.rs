@@ -420,6 +420,10 @@ impl Follow {
 
     /// The first one is gone: a duplicate in another realm is now the VM.
     fn release_duplicates(&self, gone: &VmKey, state: &State, changes: &mut Vec<Change>) {
+        // Nobody is a duplicate of a replica.
+        if !is_primary(gone) {
+            return;
+        }
         let waiting = state
             .vms
             .iter()

@@ -116,6 +116,23 @@ fn f13_a_replica_has_a_place_of_its_own_and_moves_in_its_cluster() {
 }
 
 #[test]
+fn f13_a_replica_that_goes_makes_no_duplicate_the_vm() {
+    let mut l = Lead::new();
+    l.w.attach("far", "other");
+    l.w.attach("third", "third");
+    let vm = key(1);
+    let copy = replica(&elsewhere(&vm));
+    let twin = VmKey { realm: "third".into(), ..vm.clone() };
+    l.seen("hv1", clustered(&vm, "hv1"));
+    l.seen("far", alone(&copy));
+    l.seen("third", alone(&twin));
+    assert!(l.w.state.vms[&twin].duplicate);
+    l.gone("far", &copy);
+    assert_eq!(l.at(&twin), None, "the VM itself still runs");
+    assert!(!l.w.state.vms[&copy].is_workable());
+}
+
+#[test]
 fn f13_patterns_take_in_no_replica() {
     let mut l = Lead::new();
     let vm = replica(&key(1));

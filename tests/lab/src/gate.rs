@@ -110,10 +110,10 @@ impl State {
 
     /// Whether a reader that found the gate closed should ask again.
     pub(crate) fn may_ask_again(&self, id: u64) -> bool {
-        self.open_files.get(&id).is_none_or(|file| {
-            self.paused_csv(file).is_none()
-                && self.gates.iter().all(|g| g.left > 0 || !g.concerns(file))
-        })
+        let Some(file) = self.open_files.get(&id) else { return true };
+        // One that came through a gate is noted at the paused volume before it waits there.
+        let stands = self.paused_csv(file).is_some() && self.paused_reads.contains_key(&id);
+        !stands && self.gates.iter().all(|g| g.left > 0 || !g.concerns(file))
     }
 
     /// The code that a read of this file fails with, if a fault says so.

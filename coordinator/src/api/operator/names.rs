@@ -4,7 +4,7 @@ use outrider_proto::ids::{GroupId, PointId, VmKey, VmRole};
 
 use crate::state::State;
 use crate::state::points::Point;
-use crate::state::vms::is_primary;
+use crate::state::vms::{Vm, is_primary};
 
 /// A name that does not name one thing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -89,7 +89,7 @@ pub(super) fn vm_at_work(state: &State, text: &str) -> Result<VmKey, NameError> 
     if !matches!(found, Err(NameError::Ambiguous { .. })) {
         return found;
     }
-    let works = |key: &VmKey| state.vms.get(key).is_some_and(|vm| vm.is_workable());
+    let works = |key: &VmKey| state.vms.get(key).is_some_and(Vm::is_workable);
     let means_replica = means_replica(text);
     let mut living = vms(state, text);
     living.retain(|key| works(key) && (means_replica || is_primary(key)));
