@@ -187,8 +187,8 @@ impl ReadDisk for SourceDisk {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         self.patience.keep(|how| self.handle(how)?.read_at(offset, buf))
     }
-    fn wait_before(&self, bytes: u64) -> std::time::Duration {
-        self.disk.wait_before(bytes)
+    fn wait_before(&self, bytes: u64) -> Duration {
+        self.disk().wait_before(bytes)
     }
     fn allocated(&self) -> Result<RangeSet, DiskError> {
         self.patience.keep(|how| self.handle(how)?.allocated())
