@@ -225,7 +225,7 @@ impl SourceDisk {
     /// As [`FrozenSource::stamps`].
     #[must_use]
     pub fn stamps(&self) -> Vec<FileStamp> {
-        self.disk.stamps()
+        self.disk().stamps()
     }
 
     /// As [`FrozenSource::decided`].
@@ -233,7 +233,7 @@ impl SourceDisk {
     /// # Errors
     /// [`DiskError`].
     pub fn decided(&self, count: usize) -> Result<RangeSet, DiskError> {
-        self.disk.decided(count)
+        self.patience.keep(|how| self.handle(how)?.decided(count))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use outrider_proto::ids::{JobId, VmGuid};
-use outrider_proto::manifest::Manifest;
+use outrider_proto::manifest::{DiskManifest, Manifest};
 use outrider_proto::rpc::RestoreWork;
 
 use super::files;
