@@ -32,6 +32,7 @@ use outrider_wmi::lab::{LabFiles, LabWmi};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::commands;
 use crate::config::{Config, HypervisorKind};
 use crate::coordinator_client::GrpcCoordinator;
 use crate::error::{Bound, NodeError};
@@ -61,6 +62,7 @@ pub(crate) struct Agent {
     pub(crate) metrics: NodeMetrics,
     pub(crate) network: Network,
     pub(crate) boot_id: u64,
+    pub(crate) commands: Arc<commands::Table>,
 }
 
 /// Runs a node agent until `token` is cancelled. `ready` hears where it can be reached once it works.
@@ -88,6 +90,9 @@ pub async fn run(
             value: "[]".into(),
             reason: "expected at least one \"ip:port\"".into(),
         });
+    }
+    if let Some((value, reason)) = commands::wrong(&config.commands) {
+        return Err(NodeError::Config { key: "commands", value, reason });
     }
     let tasks = TaskGroup::new("node");
     let mut registry = Metrics::new("node", &config.name);
@@ -130,6 +135,7 @@ pub async fn run(
         metrics,
         network,
         boot_id: rand::random(),
+        commands: Arc::new(config.commands.clone()),
         config,
     });
     // Before the first connection, where the hypervisor answers by then.

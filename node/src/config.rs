@@ -44,6 +44,9 @@ pub struct Config {
     /// Durations of jobs.
     #[serde(default)]
     pub jobs: JobTimes,
+    /// Commands around jobs that policies may name; nothing else is ever run for them.
+    #[serde(default)]
+    pub commands: crate::commands::Table,
     /// Metrics and health over plain HTTP; absent: none.
     #[serde(default)]
     pub observability: Option<SocketAddr>,

@@ -4,6 +4,7 @@
 //! | file | idea |
 //! | --- | --- |
 //! | `backup` | the order of the phases, and where a later attempt enters |
+//! | `around` | commands before and after it |
 //! | `checkpoint` | prechecks, the duty, the checkpoint and its name |
 //! | `base` | the base rule: what an incremental may start from (pure) |
 //! | `capture` | disks, changes, configuration: what the pipeline is fed with |
@@ -16,6 +17,7 @@
 //! | `leftovers` | what earlier attempts and jobs left at the hypervisor |
 //! | `error` | what ends an attempt, and whether another one may succeed |
 
+mod around;
 mod backup;
 mod base;
 mod capture;
@@ -42,10 +44,13 @@ use outrider_proto::rpc::{self, job_lease::Work};
 use outrider_proto::seal::Sealer;
 use tokio::sync::watch;
 
+pub use around::Told;
+pub(crate) use around::after_cancelling;
 pub use base::{BaseDecision, BasePlan, DiskFacts, plan_base};
 pub(crate) use checkpoint::is_name_of_ours;
 pub use error::JobError;
 
+use crate::commands::Table;
 use crate::config::{JobTimes, Limits};
 use crate::coordinator_client::Coordinator;
 use crate::hypervisor::Hypervisor;
@@ -89,6 +94,10 @@ pub struct JobContext {
     pub progress: watch::Sender<Progress>,
     /// The process's metrics.
     pub metrics: NodeMetrics,
+    /// Commands that this host permits.
+    pub commands: Arc<Table>,
+    /// What the commands of this attempt did.
+    pub told: Told,
 }
 
 /// How far a job is.
@@ -193,7 +202,7 @@ pub async fn run(context: JobContext, message: rpc::JobLease) -> bool {
         stats: Some(figures.into()),
         warnings: outcome.warnings,
         restored_vm: outcome.restored_vm.as_ref().map(Into::into),
-        commands: Vec::new(),
+        commands: context.told.reports(),
     };
     context.phase("finishing");
     if let Err(e) = context.coordinator.finish(request).await {

@@ -10,10 +10,12 @@
 //! | [`restore`] | a tree of chunks into a disk, and disks into a VM |
 //! | [`hypervisor`] | what is asked of a hypervisor; `hyperv` answers over WMI |
 //! | [`consistency`], [`precheck`] | pure: how a checkpoint is taken, and what speaks against it |
+//! | [`commands`] | programs around a job that the host's owner permits |
 //! | [`doctor`] | a host compared with what backups need of it |
 //! | [`store`], [`coordinator_client`] | the two seams to the rest of the fabric |
 
 pub mod agent;
+pub mod commands;
 pub mod config;
 pub mod consistency;
 pub mod coordinator_client;

@@ -86,6 +86,7 @@ codes! {
     VM_BUSY = "OUT-N-0023", Retry, "Another operation on the VM is under way.", "Nothing: it is waited for, and the run is repeated after it.";
     REPLICA_STATE = "OUT-N-0024", Retry, "Hyper-V Replica does not allow a backup of this VM now.", "Do what the sentence says for the state that it names; the run is repeated.";
     NOT_BOOTED = "OUT-N-0025", Refused, "The VM was restored and started, and was not seen to boot in time.", "Look at what the reason says of its console and screen; the restored VM is there and runs as far as it got.";
+    COMMAND_FAILED = "OUT-N-0032", Retry, "A command that the group wants to run before its backups failed.", "Look at the command's output in the job (`outrider job list --json`); repair it on the host, or let the group go on without it (`--before-must-succeed=false`).";
     INTERNAL = "OUT-C-9999", Bug, "Something happened that must not.", "Report it with the log of the process named.";
 }
 

@@ -72,6 +72,16 @@ pub(super) struct PolicyArgs {
     /// Leave out page and swap files where they are certain: they are restored as zeros
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     skip_page_files: Option<bool>,
+    /// Run this command on the host before each backup: a name that the host's own configuration defines (\[commands.NAME\]);
+    /// '' for none
+    #[arg(long, value_name = "NAME")]
+    before: Option<String>,
+    /// Run this command on the host when a backup has ended, well or not; '' for none
+    #[arg(long, value_name = "NAME")]
+    after: Option<String>,
+    /// A command before that fails ends the run, instead of being a warning
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    before_must_succeed: Option<bool>,
     /// After a crash of a VM's host, everything is read and compared once within this time (7days unless named), 0s at
     /// the next run
     #[arg(long, value_parser = super::duration, value_name = "TIME")]
@@ -134,6 +144,13 @@ impl PolicyArgs {
         set(&mut policy.skip_page_files, self.skip_page_files);
         let flat = self.checkpoints.map(|how| how == Checkpoints::Flat);
         set(&mut policy.flat_checkpoints, flat);
+        set(&mut policy.command_failure_fails, self.before_must_succeed);
+        if let Some(before) = self.before {
+            policy.before_command = before;
+        }
+        if let Some(after) = self.after {
+            policy.after_command = after;
+        }
     }
 }
 

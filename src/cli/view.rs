@@ -63,13 +63,23 @@ pub(crate) fn job(j: &rpc::Job) -> Value {
             })
         })
         .collect();
+    let commands: Vec<_> = j
+        .commands
+        .iter()
+        .map(|c| {
+            json!({
+                "name": c.name, "when": c.when, "host": c.host, "started_unix_ms": c.started_unix_ms,
+                "duration_ms": c.duration_ms, "good": c.good, "end": c.end, "output": c.output,
+            })
+        })
+        .collect();
     json!({
         "job_id": j.job_id, "kind": j.kind, "backup_kind": kind(j.backup_kind()), "vm": vm_key(j.vm.as_ref()),
         "vm_name": j.vm_name, "state": j.state, "phase": j.phase, "reason": j.reason, "host": j.host,
         "attempts": attempts, "stats": stats(j.stats.as_ref()), "total_bytes": j.total_bytes,
         "created_unix_ms": j.created_unix_ms, "ended_unix_ms": j.ended_unix_ms, "data_safe": j.data_safe,
         "host_clean": j.host_clean, "point_id": j.point_id, "warnings": j.warnings, "error_code": j.error_code,
-        "restored_vm": vm_key(j.restored_vm.as_ref()),
+        "restored_vm": vm_key(j.restored_vm.as_ref()), "commands": commands,
     })
 }
 
@@ -124,6 +134,8 @@ pub(crate) fn group(g: &rpc::Group) -> Value {
             "chunk_size": p.chunk_size, "require_all_disks": p.require_all_disks,
             "allow_offline": p.allow_offline, "no_quiesce": p.no_quiesce, "truncate_logs": p.truncate_logs,
             "no_change_tracking": p.no_change_tracking, "skip_page_files": p.skip_page_files,
+            "before_command": p.before_command, "after_command": p.after_command,
+            "before_must_succeed": p.command_failure_fails,
             "check_within_ms": p.check_within_ms,
             "checkpoints": if p.flat_checkpoints { "flat" } else { "tree" },
         })

@@ -125,7 +125,7 @@ impl Ground<'_> {
              lab = {{ address = {lab} }}\nlimits = {{ read_size = \"1 MiB\", in_flight = \"16 MiB\" }}\n\
              jobs = {{ barrier_interval = \"{barrier}\", busy_first = \"20ms\", \
              busy_ceiling = \"200ms\", merge_wait = \"{merge}\", storage_patience = \"{patience}\", \
-             inventory_interval = \"{inventory}\" }}\n{rim}",
+             inventory_interval = \"{inventory}\" }}\n{rim}{more}",
             name = text(host),
             fabric = text(self.fabric),
             realm = text(self.realm),
@@ -134,6 +134,7 @@ impl Ground<'_> {
             scratch = self.data("node", host),
             inventory = self.plan.inventory_interval,
             lab = text(lab),
+            more = self.plan.node_settings,
             patience = self.plan.storage_patience,
             merge = self.plan.merge_wait,
             barrier = self.plan.barrier_interval,

@@ -55,6 +55,8 @@ pub struct Plan {
     pub inventory_interval: &'static str,
     /// What a storage node may keep.
     pub capacity: &'static str,
+    /// More settings of agents on hosts of the lab (TOML tables).
+    pub node_settings: String,
     /// OTLP receiver.
     pub otlp: Option<String>,
     /// Where coordinators and storage nodes listen.
@@ -82,6 +84,7 @@ impl Default for Plan {
             merge_wait: "60s",
             inventory_interval: "300s",
             capacity: "2 GiB",
+            node_settings: String::new(),
             otlp: None,
             address: Ipv4Addr::LOCALHOST.into(),
             verbose: std::env::var_os("OUTRIDER_TEST_DEBUG").is_some(),

@@ -249,6 +249,8 @@ async fn a_restore_under_another_name_defines_and_starts_a_vm_with_the_exact_dis
         scratch: world.folder.path().to_owned(),
         progress: watch::Sender::new(Progress::default()),
         metrics: NodeMetrics::default(),
+        commands: Arc::default(),
+        told: job::Told::default(),
     };
     let message = JobLease {
         job_id: restoring.id.to_string(),

@@ -353,6 +353,7 @@ impl Agent for AgentService {
                 stats: wire::to_stats(r.stats),
                 warnings: r.warnings,
                 restored_vm: r.restored_vm.as_ref().map(VmKey::try_from).transpose()?,
+                commands: r.commands.into_iter().map(wire::to_command).collect(),
             };
             let report = Box::new(report);
             self.propose(Change::Finish { job, epoch, report, retry_at_ms }).await?;

@@ -510,9 +510,17 @@ fn policy(p: rpc::Policy) -> Result<Policy, Status> {
         truncate_logs: p.truncate_logs,
         no_change_tracking: p.no_change_tracking,
         skip_page_files: p.skip_page_files,
+        before_command: p.before_command,
+        after_command: p.after_command,
+        command_failure_fails: p.command_failure_fails,
         check_within_ms: p.check_within_ms.unwrap_or(default.check_within_ms),
         flat_checkpoints: p.flat_checkpoints,
     };
+    for command in [&policy.before_command, &policy.after_command] {
+        if !command.is_empty() {
+            names::check_name("command", command).map_err(named)?;
+        }
+    }
     let needs_guest = matches!(policy.minimum, Consistency::Application | Consistency::FileSystem);
     if policy.no_quiesce && needs_guest {
         return Err(Status::invalid_argument(

@@ -7,6 +7,7 @@ use outrider_proto::rpc;
 use crate::follow::Instance;
 use crate::state::duties::{Duty, DutyState};
 use crate::state::facts::{BackupKind, Consistency, Disk, Stats};
+use crate::state::jobs::CommandRun;
 use crate::state::vms::Sighting;
 
 /// Job and lease that nearly every call of an agent names.
@@ -157,3 +158,33 @@ stats!(
     sampled_chunks,
     excluded_bytes,
 );
+
+/// Longest text of a command that is kept in the state; agents keep to less.
+const MAX_OUTPUT: usize = 16 << 10;
+
+pub(crate) fn to_command(c: rpc::CommandReport) -> CommandRun {
+    let bounded = |text: String| text.chars().take(MAX_OUTPUT).collect::<String>();
+    CommandRun {
+        name: bounded(c.name),
+        when: bounded(c.when),
+        host: bounded(c.host),
+        started_ms: c.started_unix_ms,
+        duration_ms: c.duration_ms,
+        end: bounded(c.end),
+        output: bounded(c.output),
+        good: c.good,
+    }
+}
+
+pub(crate) fn command(c: &CommandRun) -> rpc::CommandReport {
+    rpc::CommandReport {
+        name: c.name.clone(),
+        when: c.when.clone(),
+        host: c.host.clone(),
+        started_unix_ms: c.started_ms,
+        duration_ms: c.duration_ms,
+        end: c.end.clone(),
+        output: c.output.clone(),
+        good: c.good,
+    }
+}

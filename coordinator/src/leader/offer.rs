@@ -92,10 +92,10 @@ fn work(work: &Work, policy: &Policy) -> WireWork {
             truncate_logs: policy.truncate_logs,
             no_change_tracking: policy.no_change_tracking,
             skip_page_files: policy.skip_page_files,
-            before_command: String::new(),
-            after_command: String::new(),
-            command_failure_fails: false,
             flat_checkpoints: policy.flat_checkpoints,
+            before_command: policy.before_command.clone(),
+            after_command: policy.after_command.clone(),
+            command_failure_fails: policy.command_failure_fails,
         }),
         Work::Restore(r) => WireWork::Restore(rpc::RestoreWork {
             point_id: r.point.to_string(),

@@ -7,6 +7,7 @@ use super::sessions::{Agent, Storage};
 use super::{Leader, Reign};
 use crate::lease::Held;
 use crate::state::State;
+use crate::state::jobs::Job;
 
 impl Leader {
     /// Brings all sessions up to date. A session whose queue is full is cut; it attaches anew.
@@ -98,6 +99,7 @@ impl Leader {
                             job_id: held.0.to_string(),
                             lease_epoch: held.1.0,
                             reason: job.map(|job| job.superseded(held.1)).unwrap_or_default(),
+                            cancelled: job.is_some_and(Job::is_cancelled),
                         }))?;
                     }
                     ended.push(*held);

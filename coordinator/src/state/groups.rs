@@ -54,6 +54,14 @@ pub(crate) struct Policy {
     /// User checkpoints are not kept, only what they add up to.
     #[serde(default)]
     pub(crate) flat_checkpoints: bool,
+    /// Commands by the names that hosts give them; empty: none.
+    #[serde(default)]
+    pub(crate) before_command: String,
+    #[serde(default)]
+    pub(crate) after_command: String,
+    /// A command before that fails ends the run.
+    #[serde(default)]
+    pub(crate) command_failure_fails: bool,
     /// Within this time after a host crash everything is read and compared; 0: at the next run.
     #[serde(default = "week")]
     pub(crate) check_within_ms: u64,
@@ -78,6 +86,9 @@ impl Default for Policy {
             no_change_tracking: false,
             skip_page_files: false,
             flat_checkpoints: false,
+            before_command: String::new(),
+            after_command: String::new(),
+            command_failure_fails: false,
             check_within_ms: week(),
         }
     }

@@ -57,6 +57,23 @@ pub(crate) struct Job {
     /// The VM's host crashed while the job was under way: what it binds has tracking that nobody flushed.
     #[serde(default)]
     pub(crate) unproven: bool,
+    /// Commands that hosts ran for it, the last ones.
+    #[serde(default)]
+    pub(crate) commands: Vec<CommandRun>,
+}
+
+/// A command that a host ran for a job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CommandRun {
+    pub(crate) name: String,
+    /// before, after
+    pub(crate) when: String,
+    pub(crate) host: String,
+    pub(crate) started_ms: u64,
+    pub(crate) duration_ms: u64,
+    pub(crate) end: String,
+    pub(crate) output: String,
+    pub(crate) good: bool,
 }
 
 /// A job to be created.
@@ -174,6 +191,8 @@ pub(crate) struct Report {
     pub(crate) stats: Stats,
     pub(crate) warnings: Vec<String>,
     pub(crate) restored_vm: Option<VmKey>,
+    #[serde(default)]
+    pub(crate) commands: Vec<CommandRun>,
 }
 
 impl Work {
@@ -224,6 +243,11 @@ impl Job {
     /// Whether it is over.
     pub(crate) fn has_ended(&self) -> bool {
         matches!(self.stage, Stage::Ended { .. })
+    }
+
+    /// Whether an operator cancelled it.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self.stage, Stage::Ended { end: End::Cancelled, .. })
     }
 
     /// Hosts that worked on it, in order, each once.

@@ -5,6 +5,9 @@ use outrider_proto::ids::{JobId, LeaseEpoch, PlacementEpoch, VmIncarnation, VmKe
 use super::jobs::{End, Job, Lease, NewJob, Report, Stage, Work};
 use super::{Outcome, Refusal, State};
 
+/// Runs of commands that are remembered of a job.
+const MAX_COMMANDS: usize = 8;
+
 impl State {
     pub(super) fn create_job(&mut self, new: NewJob, now: u64) -> Outcome {
         if self.jobs.get(new.id).is_some() {
@@ -63,6 +66,7 @@ impl State {
             stats: super::facts::Stats::default(),
             restored_vm: None,
             unproven: false,
+            commands: Vec::new(),
         });
         Outcome::Jobs(vec![id])
     }
@@ -175,6 +179,9 @@ impl State {
         job.warnings = report.warnings;
         job.stats = report.stats;
         job.restored_vm = report.restored_vm;
+        job.commands.extend(report.commands);
+        let too_many = job.commands.len().saturating_sub(MAX_COMMANDS);
+        job.commands.drain(..too_many);
         let cleanup = matches!(job.work, Work::Cleanup { .. });
         let done = if cleanup { clean } else { job.data_safe };
         if done {

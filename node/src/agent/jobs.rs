@@ -41,6 +41,8 @@ struct Running {
     progress: watch::Receiver<Progress>,
     /// Turns true when the task has closed all its files.
     done: watch::Receiver<bool>,
+    /// Said before the lease ends, when an operator cancelled the job.
+    cancelled: watch::Sender<bool>,
 }
 
 impl Jobs {
@@ -114,8 +116,9 @@ impl Jobs {
         }
     }
 
-    pub(super) fn ended(&self, job: &str, epoch: u64, reason: &str) {
+    pub(super) fn ended(&self, job: &str, epoch: u64, reason: &str, cancelled: bool) {
         if let Some(running) = self.find(job, epoch) {
+            running.cancelled.send_replace(cancelled);
             tracing::info!(job, epoch, reason, "the lease was ended");
             running.lease.end(reason);
         }
@@ -159,9 +162,10 @@ impl Jobs {
         );
         let (progress, progress_seen) = watch::channel(Progress::default());
         let (done, done_seen) = watch::channel(false);
+        let (cancelled, cancelled_seen) = watch::channel(false);
         self.running.insert(
             job,
-            Running { lease: lease.clone(), progress: progress_seen, done: done_seen },
+            Running { lease: lease.clone(), progress: progress_seen, done: done_seen, cancelled },
         );
         self.count();
         let span =
@@ -173,7 +177,7 @@ impl Jobs {
                 // The task drops its sender when it ends, whatever happened to it.
                 let _ = earlier.wait_for(|done| *done).await;
             }
-            work(agent, message, lease, progress).await;
+            work(agent, message, lease, progress, cancelled_seen).await;
             done.send_replace(true);
             // The agent is ending when nobody listens.
             let message = rpc::SourcesClosed { job_id: job.to_string(), lease_epoch: epoch.0 };
@@ -194,15 +198,21 @@ async fn work(
     message: rpc::JobLease,
     lease: Lease,
     progress: watch::Sender<Progress>,
+    cancelled: watch::Receiver<bool>,
 ) {
     let sources = Sources::new(agent.hypervisor.clone(), agent.config.jobs.volume_patience);
     match context(&agent, &message, &lease, &sources, progress) {
         Err(e) => tracing::error!(error = %e, "a lease that cannot be understood was not begun"),
         Ok(context) => {
+            let around = (context.clone(), message.clone());
             tokio::select! {
                 lost = lease.lost() => {
                     agent.metrics.leases_lost.inc();
                     tracing::warn!(reason = %lost, "the job stops here");
+                    sources.close().await;
+                    if *cancelled.borrow() {
+                        job::after_cancelling(&around.0, &around.1).await;
+                    }
                 }
                 good = job::run(context, message) => {
                     // The job itself may be the first to notice, at its next step.
@@ -250,5 +260,7 @@ fn context(
         scratch: agent.config.scratch_dir.clone(),
         progress,
         metrics: agent.metrics.clone(),
+        commands: agent.commands.clone(),
+        told: job::Told::default(),
     })
 }

@@ -181,7 +181,8 @@ async fn attach(
                     }
                 }
                 Some(agent_down::What::Ended(ended)) => {
-                    jobs.ended(&ended.job_id, ended.lease_epoch, &ended.reason);
+                    let cancelled = ended.cancelled;
+                    jobs.ended(&ended.job_id, ended.lease_epoch, &ended.reason, cancelled);
                 }
                 Some(agent_down::What::Layout(layout)) => accept_layout(agent, Some(&layout)),
                 Some(agent_down::What::Survey(request)) => surveys.asked(request.number),

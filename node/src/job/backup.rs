@@ -1,10 +1,10 @@
 //! A backup, phase by phase.
 //!
 //! ```text
-//! ask -> clear leftovers -> precheck -> duty recorded -> checkpoint created -> named -> duty: created
+//! ask -> clear leftovers -> command before -> precheck -> duty recorded -> checkpoint created -> named -> duty: created
 //!     -> configuration, disks, changes (journalled once) -> pipeline -> manifest -> root -> commit
 //!     -> converting (journalled) -> convert -> duty: converted -> bind -> remove the older reference point
-//!     -> verify that the host is clean -> duty: done -> finish
+//!     -> verify that the host is clean -> duty: done -> command after -> finish
 //! ```
 //! A later attempt (new lease, after a kill or a move) asks the coordinator first and enters where it must:
 //!
@@ -24,7 +24,7 @@ use outrider_proto::rpc::{self, DutyState};
 
 use super::leftovers::Recorded;
 use super::{
-    JobContext, JobError, Outcome, capture, carry, checkpoint, commit, handover, leftovers,
+    JobContext, JobError, Outcome, around, capture, carry, checkpoint, commit, handover, leftovers,
 };
 use crate::hypervisor::{Checkpoint, HypervisorError};
 use crate::journal::{Adopted, Journal};
@@ -57,7 +57,7 @@ pub(super) async fn run(
 ) -> Outcome {
     let mut warnings = Vec::new();
     let result = steps(context, message, &vm, work, stats, &mut warnings).await;
-    match result {
+    let mut outcome = match result {
         Ok(host_clean) => Outcome {
             data_safe: true,
             host_clean: host_clean.is_none(),
@@ -78,7 +78,9 @@ pub(super) async fn run(
             };
             Outcome { warnings, ..Outcome::failed(error, host_clean) }
         }
-    }
+    };
+    around::after(context, message, &vm, work, &mut outcome).await;
+    outcome
 }
 
 /// Removes what the failed attempt made. The bound reference point stays what it was.
@@ -131,6 +133,7 @@ async fn steps(
                 leftovers::clear(context, vm.guid, &known.duties, bound, Recorded::Keep, spare)
                     .await?;
                 let late = known.duties.iter().any(|d| d.state() == DutyState::Recorded);
+                around::before(context, message, vm, work, warnings).await?;
                 let made = checkpoint::make(context, message, vm, work, late).await?;
                 warnings.extend(made.warnings.iter().cloned());
                 Open {

@@ -114,6 +114,18 @@ pub enum JobError {
         /// Their ids.
         points: Vec<String>,
     },
+    /// A command of the group failed, and the group says that this ends the run.
+    #[error("the command {name:?} {when} the backup failed: {how}{}", said(.output))]
+    Command {
+        /// Its name.
+        name: String,
+        /// "before" or "after".
+        when: &'static str,
+        /// How it ended.
+        how: String,
+        /// The last line that it printed.
+        output: String,
+    },
     /// Restoring.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -129,6 +141,10 @@ pub enum JobError {
     /// A recovery point that does not hold what a restore needs.
     #[error("{0}")]
     Unrestorable(String),
+}
+
+fn said(output: &str) -> String {
+    if output.is_empty() { String::new() } else { format!("; it said: {output}") }
 }
 
 impl JobError {
@@ -192,6 +208,7 @@ impl JobError {
             Self::Consistency(_) => error_code::CONSISTENCY_UNREACHABLE,
             Self::CheckpointGone { .. } | Self::VmEnded { .. } => error_code::CHECKPOINT_GONE,
             Self::ReceiptsLacking { .. } => error_code::RECEIPTS_LACKING,
+            Self::Command { .. } => error_code::COMMAND_FAILED,
             Self::Restore(RestoreError::Store(e)) => of_store(e),
             Self::Restore(RestoreError::Disk(_)) => error_code::LOW_SPACE,
             Self::Restore(_) => error_code::CHUNK_LOST,

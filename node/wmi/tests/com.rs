@@ -101,3 +101,26 @@ async fn what_does_not_exist_is_told_apart() {
     let method = wmi.exec_method(CIMV2, "StdRegProv", "NoSuchMethod", vec![]).await;
     assert!(method.is_err(), "{method:?}");
 }
+
+/// Wine has no provider that can be written to: what is seen here is that the properties are judged by the instance itself, and that
+/// the provider's refusal comes back as one, with its path.
+#[tokio::test]
+async fn properties_are_written_to_an_instance_that_has_them_and_a_refusal_is_told() {
+    let wmi = wmi();
+    let own = format!("Win32_Process.Handle=\"{}\"", std::process::id());
+    let properties = |name: &str, value: Value| vec![(name.to_owned(), value)];
+    let odd = wmi.put(CIMV2, &own, properties("NoSuchProperty", Value::from("x"))).await;
+    let named = matches!(&odd, Err(WmiError::Invalid { reason, .. }) if reason.contains("NoSuchProperty"));
+    assert!(named, "{odd:?}");
+    let wrong = wmi.put(CIMV2, &own, properties("ProcessId", Value::from("no number"))).await;
+    let named = matches!(&wrong, Err(WmiError::Invalid { reason, .. }) if reason.contains("ProcessId"));
+    assert!(named, "{wrong:?}");
+    let missing = "Win32_Process.Handle=\"4294967280\"";
+    let missing = wmi.put(CIMV2, missing, properties("Priority", Value::from(8_u32))).await;
+    assert!(matches!(missing, Err(WmiError::NotFound { .. })), "{missing:?}");
+    let refused = wmi.put(CIMV2, &own, properties("Priority", Value::from(8_u32))).await;
+    assert!(refused.is_err(), "processes are not written to: {refused:?}");
+    assert!(!matches!(refused, Err(WmiError::Unreachable { .. })), "{refused:?}");
+    let process = wmi.get(CIMV2, &own).await.expect("the connection is as good as before");
+    assert_eq!(process.u64("ProcessId"), Some(u64::from(std::process::id())));
+}

@@ -221,6 +221,8 @@ impl World {
             scratch: self.folder.path().to_owned(),
             progress: progress.clone(),
             metrics: NodeMetrics::default(),
+            commands: Arc::default(),
+            told: job::Told::default(),
         };
         let message = JobLease {
             job_id: job.id.to_string(),

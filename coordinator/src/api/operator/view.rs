@@ -111,10 +111,10 @@ fn policy(policy: &Policy) -> rpc::Policy {
         no_change_tracking: policy.no_change_tracking,
         skip_page_files: policy.skip_page_files,
         check_within_ms: Some(policy.check_within_ms),
-        before_command: String::new(),
-        after_command: String::new(),
-        command_failure_fails: false,
         flat_checkpoints: policy.flat_checkpoints,
+        before_command: policy.before_command.clone(),
+        after_command: policy.after_command.clone(),
+        command_failure_fails: policy.command_failure_fails,
     }
 }
 
@@ -194,7 +194,7 @@ pub(super) fn job(state: &State, outlook: &Outlook, job: &Job) -> rpc::Job {
         error_code: job.error_code.clone(),
         restored_vm: job.restored_vm.as_ref().map(Into::into),
         phase,
-        commands: Vec::new(),
+        commands: job.commands.iter().map(wire::command).collect(),
     }
 }
 

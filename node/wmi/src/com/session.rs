@@ -14,7 +14,8 @@ use windows::Win32::System::Variant::VARIANT;
 use windows::Win32::System::Wmi::{
     IEnumWbemClassObject, IWbemCallResult, IWbemClassObject, IWbemLocator, IWbemServices,
     WBEM_FLAG_CONNECT_USE_MAX_WAIT, WBEM_FLAG_FORWARD_ONLY, WBEM_FLAG_NONSYSTEM_ONLY,
-    WBEM_FLAG_RETURN_IMMEDIATELY, WBEM_FLAG_RETURN_WBEM_COMPLETE, WbemLocator,
+    WBEM_FLAG_RETURN_IMMEDIATELY, WBEM_FLAG_RETURN_WBEM_COMPLETE, WBEM_FLAG_UPDATE_ONLY,
+    WBEM_GENERIC_FLAG_TYPE, WbemLocator,
 };
 use windows::core::{BSTR, HSTRING, IUnknown, Interface};
 
@@ -254,6 +255,72 @@ impl Session {
             Some(output) => self.read(&output, 0),
             None => Ok(Object::new("__PARAMETERS", "")),
         }
+    }
+
+    /// Writes properties of an instance. What is not named keeps its value, within embedded objects, too.
+    pub(super) fn put(
+        &self,
+        path: &str,
+        properties: &[(String, Value)],
+        patience: &Patience<'_>,
+    ) -> Result<(), Failure> {
+        let object = self.object(path)?;
+        let place = self.place_of(&object);
+        for (name, value) in properties {
+            self.set(&object, name, value, &place, 0)?;
+        }
+        let mut call: Option<IWbemCallResult> = None;
+        // SAFETY: as in `query`; the result is empty before, as COM demands.
+        unsafe {
+            self.services.PutInstance(
+                &object,
+                WBEM_GENERIC_FLAG_TYPE(WBEM_FLAG_UPDATE_ONLY.0 | WBEM_FLAG_RETURN_IMMEDIATELY.0),
+                None,
+                Some(&raw mut call),
+            )?;
+        }
+        // A provider in this very process may have finished already.
+        match call {
+            Some(call) => finished(&call, patience).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Sets one property of an object in memory.
+    fn set(
+        &self,
+        object: &IWbemClassObject,
+        name: &str,
+        value: &Value,
+        place: &Place,
+        depth: u32,
+    ) -> Result<(), Failure> {
+        if depth > MAX_DEPTH {
+            return Err(Failure::Arguments("objects within objects without end".into()));
+        }
+        let wide = HSTRING::from(name);
+        let (mut old, mut number) = (VARIANT::default(), 0);
+        // SAFETY: COM writes into both results.
+        unsafe { object.Get(&wide, 0, &raw mut old, Some(&raw mut number), None) }
+            .map_err(|_| Failure::Arguments(format!("there is no property {name:?}")))?;
+        let new = match (value, variant::held_object(&old)) {
+            // Changed in place: a new object would lose what is not named.
+            (Value::Object(changes), Some(held)) => {
+                let inner: IWbemClassObject = held.cast()?;
+                for (name, value) in changes.iter() {
+                    self.set(&inner, name, value, place, depth + 1)?;
+                }
+                old
+            }
+            _ => {
+                let value = to_variant(value.clone(), CimType::from_number(number), place)
+                    .map_err(|e| Failure::Arguments(format!("property {name:?}: {e}")))?;
+                variant::write(&value, self)?
+            }
+        };
+        // SAFETY: the VARIANT is ours; COM copies it.
+        unsafe { object.Put(&wide, 0, &raw const new, 0)? };
+        Ok(())
     }
 
     fn input(

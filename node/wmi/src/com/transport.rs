@@ -93,6 +93,21 @@ impl Wmi for ComWmi {
             .await
     }
 
+    async fn put(
+        &self,
+        namespace: &str,
+        path: &str,
+        properties: Vec<(String, Value)>,
+    ) -> Result<(), WmiError> {
+        let (what, path) = (format!("properties of {path}"), path.to_owned());
+        // What was written although the answer was lost would only be written again; the caller decides.
+        self.callers
+            .run(namespace, &what, self.timeout, Again::Never, move |session, patience| {
+                session.put(&path, &properties, patience)
+            })
+            .await
+    }
+
     async fn subscribe(&self, namespace: &str, wql: &str) -> Result<EventStream, WmiError> {
         events::subscribe(namespace, wql).await
     }

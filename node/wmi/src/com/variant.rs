@@ -22,6 +22,15 @@ use windows::core::{BSTR, Error, IUnknown, Result};
 use super::cim::{Element, Variant};
 use crate::Object;
 
+/// The object that a VARIANT holds, if it holds one: the very object, not a reading of it.
+pub(super) fn held_object(variant: &VARIANT) -> Option<IUnknown> {
+    // SAFETY: the tag is always valid; the pointer is read under its own tag, and counted anew by the clone.
+    unsafe {
+        let inner = &variant.Anonymous.Anonymous;
+        if inner.vt == VT_UNKNOWN { inner.Anonymous.punkVal.as_ref().cloned() } else { None }
+    }
+}
+
 /// More elements than any array of ours has.
 const MAX_ELEMENTS: i64 = 1 << 20;
 

@@ -91,6 +91,8 @@ impl World {
             scratch: self.folder.path().join("scratch"),
             progress: watch::Sender::new(Progress::default()),
             metrics: NodeMetrics::default(),
+            commands: Arc::default(),
+            told: job::Told::default(),
         };
         let key = VmKey { realm: "kvm".into(), guid: self.guid, role: VmRole::Primary };
         let message = JobLease {

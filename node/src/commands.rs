@@ -1,0 +1,334 @@
+//! Commands around a job (C5): programs that the host's owner permits, by names that policies refer to (decision 0032).
+//!
+//! A policy comes from the coordinators; what runs comes from this host's own configuration alone. No shell, no arguments from
+//! elsewhere: what is known of the job stands in the environment.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::FusedFuture;
+use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::{Child, Command};
+
+/// What is kept of a command's output: its end, where the reason of a failure stands.
+const KEPT: usize = 8 << 10;
+/// How long the output of a command that has ended is waited for: something that it started may still hold it.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// `[commands.NAME]`: a program that policies may name.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Permitted {
+    /// Absolute path.
+    pub program: PathBuf,
+    /// Its arguments, as they are.
+    #[serde(default)]
+    pub arguments: Vec<String>,
+    /// It is killed after this, with all that it started.
+    #[serde(default = "five_minutes", with = "humantime_serde")]
+    pub timeout: Duration,
+}
+
+fn five_minutes() -> Duration {
+    Duration::from_secs(300)
+}
+
+/// The commands that the host's owner permits, by name.
+pub type Table = BTreeMap<String, Permitted>;
+
+/// What is wrong with a table, in a sentence.
+#[must_use]
+pub fn wrong(table: &Table) -> Option<(String, String)> {
+    table.iter().find_map(|(name, command)| {
+        let reason = if !command.program.is_absolute() {
+            "expected an absolute path: nothing is looked for in a search path"
+        } else if command.timeout.is_zero() {
+            "expected a timeout of more than 0s"
+        } else {
+            return None;
+        };
+        Some((format!("[commands.{name}]"), reason.to_owned()))
+    })
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit code was 0.
+    pub good: bool,
+    /// "ok", or what went wrong.
+    pub how: String,
+    /// The end of what it printed, standard output and standard error together.
+    pub output: String,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// Runs a command to its end, or until its time is over. Dropping the future kills it, too.
+pub async fn run(command: &Permitted, environment: &[(&'static str, String)]) -> Ended {
+    let started = tokio::time::Instant::now();
+    let ended = |good: bool, how: String, output: String| Ended {
+        good,
+        how,
+        output,
+        took: started.elapsed(),
+    };
+    let child = match spawn(command, environment) {
+        Ok(child) => child,
+        Err(e) => {
+            return ended(
+                false,
+                format!("{} did not start: {e}", shown(&command.program)),
+                String::new(),
+            );
+        }
+    };
+    let mut tree = Tree { child, done: false };
+    let (mut out, mut err) = (Tail::default(), Tail::default());
+    let (stdout, stderr) = (tree.child.stdout.take(), tree.child.stderr.take());
+    let mut reading = Box::pin(
+        async {
+            tokio::join!(out.read(stdout), err.read(stderr));
+        }
+        .fuse(),
+    );
+    let waited = {
+        let mut waiting = std::pin::pin!(tokio::time::timeout(command.timeout, tree.child.wait()));
+        loop {
+            tokio::select! {
+                waited = &mut waiting => break waited,
+                // It may close its output and go on.
+                () = &mut reading, if !reading.is_terminated() => {}
+            }
+        }
+    };
+    let (good, how) = match waited {
+        Err(_) => {
+            tree.kill().await;
+            let limit = humantime_of(command.timeout);
+            (false, format!("it was killed after {limit}, with all that it had started"))
+        }
+        Ok(Err(e)) => (false, format!("its end cannot be told: {e}")),
+        Ok(Ok(status)) => {
+            tree.done = true;
+            match (status.success(), status.code()) {
+                (true, _) => (true, "ok".to_owned()),
+                (false, Some(code)) => (false, format!("it ended with exit code {code}")),
+                (false, None) => (false, "it was ended by a signal".to_owned()),
+            }
+        }
+    };
+    if !reading.is_terminated() {
+        // Whatever it started and left running may hold its output open for ever.
+        let _ = tokio::time::timeout(LAST_WORDS, &mut reading).await;
+    }
+    drop(reading);
+    let output = format!("{}\n{}", out.text(), err.text()).trim().to_owned();
+    ended(good, how, output)
+}
+
+fn spawn(command: &Permitted, environment: &[(&'static str, String)]) -> std::io::Result<Child> {
+    let mut process = Command::new(&command.program);
+    process
+        .args(&command.arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    // What the agent itself was told by its environment, secrets included, is not theirs.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("OUTRIDER_") {
+            process.env_remove(name);
+        }
+    }
+    for (name, value) in environment {
+        process.env(name, value.replace('\0', ""));
+    }
+    #[cfg(unix)]
+    process.process_group(0);
+    process.spawn()
+}
+
+fn shown(program: &Path) -> String {
+    program.display().to_string()
+}
+
+fn humantime_of(time: Duration) -> String {
+    format!("{} s", time.as_secs_f64())
+}
+
+/// A process and all that it started.
+struct Tree {
+    child: Child,
+    done: bool,
+}
+
+impl Tree {
+    async fn kill(&mut self) {
+        #[cfg(unix)]
+        self.kill_group();
+        #[cfg(windows)]
+        if let (Some(pid), Some(root)) = (self.child.id(), std::env::var_os("SystemRoot")) {
+            // Ends the children, too, which TerminateProcess does not.
+            let taskkill = Path::new(&root).join("System32").join("taskkill.exe");
+            let pid = pid.to_string();
+            let killed = Command::new(taskkill)
+                .args(["/T", "/F", "/PID", &pid])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .await;
+            if let Err(e) = killed {
+                tracing::warn!(error = %e, "what a command started may go on");
+            }
+        }
+        // Dead already is what was wanted.
+        let _ = self.child.kill().await;
+        self.done = true;
+    }
+
+    #[cfg(unix)]
+    fn kill_group(&self) {
+        let pid = self.child.id().and_then(|pid| i32::try_from(pid).ok());
+        if let Some(group) = pid.and_then(rustix::process::Pid::from_raw) {
+            // Nobody left in the group is what was wanted.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        #[cfg(unix)]
+        if !self.done {
+            self.kill_group();
+        }
+    }
+}
+
+/// The end of a stream of output.
+#[derive(Default)]
+struct Tail {
+    kept: VecDeque<u8>,
+    cut: bool,
+}
+
+impl Tail {
+    async fn read(&mut self, from: Option<impl AsyncRead + Unpin>) {
+        let Some(mut from) = from else { return };
+        let mut buffer = [0; 4096];
+        // An output that cannot be read has ended.
+        while let Ok(n @ 1..) = from.read(&mut buffer).await {
+            self.kept.extend(&buffer[..n]);
+            let over = self.kept.len().saturating_sub(KEPT / 2);
+            self.cut |= over > 0;
+            self.kept.drain(..over);
+        }
+    }
+
+    fn text(&self) -> String {
+        let bytes: Vec<u8> = self.kept.iter().copied().collect();
+        let text = String::from_utf8_lossy(&bytes);
+        if self.cut { format!("...{text}") } else { text.into_owned() }
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, timeout: Duration) -> Permitted {
+        Permitted {
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".into(), script.into()],
+            timeout,
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn a_command_knows_its_job_and_is_judged_by_its_exit_code() {
+        let environment = [("OUTRIDER_VM", "장부 <1>".to_owned())];
+        let script = "echo \"vm=$OUTRIDER_VM\"; echo wrong >&2; exit 3";
+        let ended = run(&shell(script, LONG), &environment).await;
+        assert!(!ended.good && ended.how.contains("exit code 3"), "{ended:?}");
+        assert!(
+            ended.output.contains("vm=장부 <1>") && ended.output.contains("wrong"),
+            "{ended:?}"
+        );
+        let ended = run(&shell("true", LONG), &[]).await;
+        assert_eq!((ended.good, ended.how.as_str(), ended.output.as_str()), (true, "ok", ""));
+        let missing = Permitted { program: "/nowhere/at-all".into(), ..shell("", LONG) };
+        let ended = run(&missing, &[]).await;
+        assert!(!ended.good && ended.how.contains("/nowhere/at-all did not start"), "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn one_that_takes_too_long_is_killed_with_all_that_it_started() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("pid");
+        // The shell's child would go on for an hour.
+        let script = format!("sleep 3600 & echo $! > {}; echo begun; wait", file.display());
+        let ended = run(&shell(&script, Duration::from_secs(1)), &[]).await;
+        assert!(!ended.good && ended.how.contains("killed after 1 s"), "{ended:?}");
+        assert!(ended.output.contains("begun"), "{ended:?}");
+        let pid: u32 = std::fs::read_to_string(file).expect("begun").trim().parse().expect("a pid");
+        let gone = async {
+            // Killed, and reaped by whoever is the parent now; a zombie is dead, too.
+            while std::fs::read_to_string(format!("/proc/{pid}/stat"))
+                .is_ok_and(|stat| !stat.contains(") Z "))
+            {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(LONG, gone).await.expect("the child is gone");
+    }
+
+    #[tokio::test]
+    async fn output_is_bounded_and_its_end_is_kept() {
+        let script = "i=0; while [ $i -lt 4000 ]; do echo \"line $i\"; i=$((i+1)); done";
+        let ended = run(&shell(script, LONG), &[]).await;
+        assert!(ended.good && ended.output.len() <= KEPT, "{} bytes", ended.output.len());
+        assert!(
+            ended.output.starts_with("...") && ended.output.ends_with("line 3999"),
+            "{ended:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn one_that_leaves_something_running_does_not_hold_the_job_up() {
+        let started = std::time::Instant::now();
+        let ended = run(&shell("sleep 20 & echo left; exit 0", LONG), &[]).await;
+        assert!(ended.good && ended.output == "left", "{ended:?}");
+        assert!(started.elapsed() < Duration::from_secs(15), "waited for what it left running");
+    }
+
+    #[test]
+    fn a_table_names_absolute_programs_only() {
+        let parse = |text: &str| {
+            #[derive(Deserialize)]
+            struct File {
+                commands: Table,
+            }
+            let path = Path::new("node.toml");
+            outrider_process::config::parse::<File>(path, text, |_| None).map(|f| f.commands)
+        };
+        let good =
+            parse("[commands.flush]\nprogram = \"/opt/flush\"\ntimeout = \"20s\"").expect("read");
+        assert_eq!(good["flush"].timeout, Duration::from_secs(20));
+        assert_eq!(wrong(&good), None);
+        let relative = parse("[commands.flush]\nprogram = \"flush\"").expect("read");
+        let (key, reason) = wrong(&relative).expect("wrong");
+        assert!(key.contains("flush") && reason.contains("absolute"), "{key} {reason}");
+        assert!(
+            parse("[commands.flush]\nprogram = \"/f\"\nshell = true").is_err(),
+            "an unknown key"
+        );
+    }
+}
