@@ -72,7 +72,7 @@ pub(super) struct PolicyArgs {
     /// Leave out page and swap files where they are certain: they are restored as zeros
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     skip_page_files: Option<bool>,
-    /// Run this command on the host before each backup: a name that the host's own configuration defines (\[commands.NAME\]);
+    /// Run this command on the host before each backup: a name that the host's own configuration defines under `commands`;
     /// '' for none
     #[arg(long, value_name = "NAME")]
     before: Option<String>,

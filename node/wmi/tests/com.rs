@@ -110,10 +110,12 @@ async fn properties_are_written_to_an_instance_that_has_them_and_a_refusal_is_to
     let own = format!("Win32_Process.Handle=\"{}\"", std::process::id());
     let properties = |name: &str, value: Value| vec![(name.to_owned(), value)];
     let odd = wmi.put(CIMV2, &own, properties("NoSuchProperty", Value::from("x"))).await;
-    let named = matches!(&odd, Err(WmiError::Invalid { reason, .. }) if reason.contains("NoSuchProperty"));
+    let named =
+        matches!(&odd, Err(WmiError::Invalid { reason, .. }) if reason.contains("NoSuchProperty"));
     assert!(named, "{odd:?}");
     let wrong = wmi.put(CIMV2, &own, properties("ProcessId", Value::from("no number"))).await;
-    let named = matches!(&wrong, Err(WmiError::Invalid { reason, .. }) if reason.contains("ProcessId"));
+    let named =
+        matches!(&wrong, Err(WmiError::Invalid { reason, .. }) if reason.contains("ProcessId"));
     assert!(named, "{wrong:?}");
     let missing = "Win32_Process.Handle=\"4294967280\"";
     let missing = wmi.put(CIMV2, missing, properties("Priority", Value::from(8_u32))).await;
