@@ -5,9 +5,10 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use outrider_lab::{GateSpec, MigrationKind};
+use outrider_lab::{GateSpec, MigrationKind, WaitFor};
 use outrider_proto::rpc::{BackupKind, Policy};
 use outrider_tests::fabric::MIB;
+use outrider_tests::wait::DEADLINE;
 use outrider_tests::{Fabric, Plan, eventually};
 
 fn script(dir: &Path, name: &str, text: &str) -> String {
@@ -96,11 +97,7 @@ async fn after_a_move_the_host_that_ends_the_job_runs_the_command_after() {
     let budget = GateSpec { vm: "web".into(), host: Some("alpha".into()), budget: 4 * MIB };
     let gate = fabric.lab.set_gate(budget).await.expect("set");
     let job = fabric.operator.backup("web", BackupKind::Full).await;
-    eventually("its checkpoint is read", async || {
-        let read = fabric.seen("web").await.checkpoints.len();
-        if read == 1 { Ok(()) } else { Err(format!("{read} checkpoints")) }
-    })
-    .await;
+    fabric.lab.wait(WaitFor::GateBlocked { gate }, DEADLINE).await.expect("it reads");
     fabric.lab.migrate("web", "beta", MigrationKind::Live).await.expect("moved");
     fabric.lab.release_gate(gate).await.expect("released");
     let ended = fabric.operator.done(&job.job_id).await;
@@ -111,11 +108,7 @@ async fn after_a_move_the_host_that_ends_the_job_runs_the_command_after() {
     let budget = GateSpec { vm: "web".into(), host: Some("beta".into()), budget: 4 * MIB };
     let gate = fabric.lab.set_gate(budget).await.expect("set");
     let job = fabric.operator.backup("web", BackupKind::Full).await;
-    eventually("its checkpoint is read", async || {
-        let read = fabric.seen("web").await.checkpoints.len();
-        if read == 1 { Ok(()) } else { Err(format!("{read} checkpoints")) }
-    })
-    .await;
+    fabric.lab.wait(WaitFor::GateBlocked { gate }, DEADLINE).await.expect("it reads");
     let outcome = fabric.operator.cli(&["job", "cancel", &job.job_id, "--json"]);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     fabric.lab.release_gate(gate).await.expect("released");

@@ -201,6 +201,30 @@ async fn an_agent_that_slept_past_its_lease_stops_by_its_own_clock() {
     fabric.assert_next_incremental_is_exact(vm, 4).await;
 }
 
+/// The hypervisor refuses to name a checkpoint that is not there any more; that is no failure of the job.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_leaves_before_its_checkpoint_has_a_name_is_backed_up_where_it_goes() {
+    let fabric = Fabric::start(Plan::default()).await;
+    let vm = "hasty";
+    fabric.vm(vm, "alpha", 24 * MIB).await;
+    let spec = HoldSpec {
+        method: "ModifySystemSettings".to_owned(),
+        vm: None,
+        host: Some("alpha".to_owned()),
+        when: When::Before,
+    };
+    let hold = fabric.lab.hold(spec).await.expect("a hold");
+    let job = fabric.operator.backup(vm, BackupKind::Full).await;
+    fabric.lab.wait(WaitFor::MethodHeld { hold }, DEADLINE).await.expect("it is called");
+    fabric.lab.migrate(vm, "beta", MigrationKind::Live).await.expect("moves");
+    fabric.lab.release(hold).await.expect("the call goes on");
+    let job = fabric.operator.done(&job.job_id).await;
+    assert_eq!(job.host, "beta", "{job:?}");
+    let point = fabric.operator.point(vm, &job.point_id).await;
+    fabric.assert_restores_exactly(&point, "beta").await;
+    fabric.assert_clean(vm).await;
+}
+
 /// Waits until what was read before the gate closed is stored and journalled: nothing new arrives for a while.
 async fn quiet(fabric: &Fabric) {
     let folder = fabric.storage_dir(0);

@@ -85,13 +85,30 @@ impl HyperV {
                     return Err(e);
                 }
             }
-            Err(e) => return Err(e),
+            Err(e) => return Err(self.unless_gone(vm, e).await),
         }
         let made = self.made_since(vm, &before).await?.ok_or_else(|| HypervisorError::Odd {
             doing: doing.clone(),
             detail: "it reports success, but there is no new recovery checkpoint".into(),
         })?;
-        self.name_checkpoint(lease, made, name).await
+        match self.name_checkpoint(lease, made, name).await {
+            Err(e) => Err(self.unless_gone(vm, e).await),
+            named => named,
+        }
+    }
+
+    /// What a refusal means when the VM left meanwhile, its checkpoint with it: the job goes on where the VM is.
+    async fn unless_gone(&self, vm: VmGuid, error: HypervisorError) -> HypervisorError {
+        if matches!(error, HypervisorError::Lease(_)) {
+            return error;
+        }
+        match self.is_here(vm).await {
+            Err(gone @ HypervisorError::NoSuchVm { .. }) => {
+                tracing::info!(%error, "the VM left while its checkpoint was made");
+                gone
+            }
+            _ => error,
+        }
     }
 
     async fn made_since(
