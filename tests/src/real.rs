@@ -56,6 +56,18 @@ static TURNS: Semaphore = Semaphore::const_new(2);
 pub struct Truth(Vec<PathBuf>);
 
 impl RealFabric {
+    /// Starts a backup and waits until it reads.
+    pub async fn in_the_middle(&self, vm: &str, kind: BackupKind) -> rpc::Job {
+        let job = self.operator.backup(vm, kind).await;
+        eventually("the backup is in its middle", async || {
+            let now = self.operator.job(&job.job_id).await.map_err(|e| e.to_string())?;
+            assert_eq!(now.ended_unix_ms, 0, "it was to last: {now:?}");
+            let read = now.stats.unwrap_or_default().read_bytes;
+            if read >= 4 * MIB { Ok(now) } else { Err(format!("{read} bytes read: {now:?}")) }
+        })
+        .await
+    }
+
     /// Starts everything with each host in a network namespace of its own, where that is permitted; else, loudly, on
     /// loopback.
     pub async fn start_apart(plan: Plan, installation: &Installation, more: &str) -> Self {

@@ -8,9 +8,9 @@ use std::collections::BTreeSet;
 
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_qemulab::{Format, NewVm, Shape};
+use outrider_tests::Plan;
 use outrider_tests::fabric::MIB;
 use outrider_tests::real::{RealFabric, installation};
-use outrider_tests::{Plan, eventually};
 use serde_json::json;
 
 /// A backup lasts some seconds, so that things can happen in its middle.
@@ -30,18 +30,6 @@ macro_rules! fabric {
             None => return,
         }
     };
-}
-
-/// Starts a backup and waits until it reads.
-async fn in_the_middle(fabric: &RealFabric, vm: &str, kind: BackupKind) -> rpc::Job {
-    let job = fabric.operator.backup(vm, kind).await;
-    eventually("the backup is in its middle", async || {
-        let now = fabric.operator.job(&job.job_id).await.map_err(|e| e.to_string())?;
-        assert_eq!(now.ended_unix_ms, 0, "it was to last: {now:?}");
-        let read = now.stats.unwrap_or_default().read_bytes;
-        if read >= 4 * MIB { Ok(now) } else { Err(format!("{read} bytes read: {now:?}")) }
-    })
-    .await
 }
 
 fn hosts(job: &rpc::Job) -> BTreeSet<&str> {
@@ -108,7 +96,7 @@ async fn a_migration_in_a_backup_is_one_job_on_two_hosts() {
     let before = guest.commits_beyond(guest.last_committed()).await.expect("it commits");
     let at_first = guest.total_bytes();
 
-    let job = in_the_middle(&fabric, "traveller", BackupKind::Full).await;
+    let job = fabric.in_the_middle("traveller", BackupKind::Full).await;
     let moved = fabric.cluster.migrate("traveller", "beta").await.expect("it moves");
     let guest = &fabric.cluster.vm("traveller").expect("it runs").guest;
     guest.commits_beyond(before).await.expect("the guest goes on, whatever the backup does");
@@ -146,7 +134,7 @@ async fn a_migration_that_fails_in_a_backup_leaves_the_job_where_the_vm_is() {
     guest.write(1, 16 * MIB).await.expect("it writes");
     let before = guest.last_committed();
 
-    let job = in_the_middle(&fabric, "stayer", BackupKind::Full).await;
+    let job = fabric.in_the_middle("stayer", BackupKind::Full).await;
     let migration = fabric.cluster.begin_migration("stayer", "beta").await.expect("it begins");
     let reason = fabric.cluster.fail(migration).await.expect("it returns");
     println!("the migration failed: {reason}");
@@ -172,7 +160,7 @@ async fn a_host_that_dies_in_a_backup_costs_no_point_and_no_byte() {
     let guest = &mut fabric.cluster.vm("survivor").expect("it runs").guest;
     guest.write(2, 8 * MIB).await.expect("it writes");
     guest.write_at(3, MIB / 4).await.expect("it writes");
-    let job = in_the_middle(&fabric, "survivor", BackupKind::Incremental).await;
+    let job = fabric.in_the_middle("survivor", BackupKind::Incremental).await;
 
     // Agent and VMs at once, as when the power goes; then somebody starts the VM on another host.
     let committed = fabric.cluster.vm("survivor").expect("it runs").guest.last_committed();
@@ -211,14 +199,14 @@ async fn a_reset_and_a_shutdown_in_a_backup_are_survived() {
     guest.write(1, 16 * MIB).await.expect("it writes");
     let before = guest.last_committed();
 
-    let job = in_the_middle(&fabric, "restless", BackupKind::Full).await;
+    let job = fabric.in_the_middle("restless", BackupKind::Full).await;
     fabric.cluster.reset("restless").await.expect("it comes up again");
     let job = fabric.operator.done(&job.job_id).await;
     let point = fabric.operator.point("restless", &job.point_id).await;
     assert_has_everything(&mut fabric, &point, "beta", before).await;
     fabric.assert_clean("restless").await;
 
-    let job = in_the_middle(&fabric, "restless", BackupKind::Full).await;
+    let job = fabric.in_the_middle("restless", BackupKind::Full).await;
     let machine = fabric.cluster.shut_down("restless").await.expect("it turns itself off");
     fabric.cluster.start(machine, "alpha").await.expect("it boots");
     let ended = fabric.operator.ended(&job.job_id).await;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use outrider_proto::rpc::{self, BackupKind};
+use outrider_proto::rpc::BackupKind;
 use outrider_qemulab::Shape;
 use outrider_tests::fabric::MIB;
 use outrider_tests::real::{RealFabric, installation};
@@ -13,18 +13,6 @@ use outrider_tests::{Plan, eventually};
 
 /// A backup lasts some seconds, so that things can happen in its middle.
 const SLOW: &str = "max_read_rate = \"4 MiB\"";
-
-/// Starts a backup and waits until it reads.
-async fn in_the_middle(fabric: &RealFabric, vm: &str, kind: BackupKind) -> rpc::Job {
-    let job = fabric.operator.backup(vm, kind).await;
-    eventually("the backup is in its middle", async || {
-        let now = fabric.operator.job(&job.job_id).await.map_err(|e| e.to_string())?;
-        assert_eq!(now.ended_unix_ms, 0, "it was to last: {now:?}");
-        let read = now.stats.unwrap_or_default().read_bytes;
-        if read >= 4 * MIB { Ok(now) } else { Err(format!("{read} bytes read: {now:?}")) }
-    })
-    .await
-}
 
 async fn host_is(fabric: &RealFabric, host: &str, state: &str) {
     eventually(&format!("{host} is {state}"), async || {
@@ -61,7 +49,7 @@ async fn a_source_that_is_cut_off_after_a_migration_in_a_backup_neither_stops_th
     guest.write_at(2, MIB / 4).await.expect("it writes");
     let before = guest.commits_beyond(guest.last_committed()).await.expect("it commits");
 
-    let job = in_the_middle(&fabric, "traveller", BackupKind::Full).await;
+    let job = fabric.in_the_middle("traveller", BackupKind::Full).await;
     let moved = fabric.cluster.migrate("traveller", "beta").await.expect("it moves");
     let apart = fabric.cluster.network().is_some();
     if let Some(network) = fabric.cluster.network() {
@@ -90,7 +78,7 @@ async fn a_host_that_is_cut_off_in_a_backup_and_joined_again_finishes_it() {
     let guest = &mut fabric.cluster.vm("islander").expect("it runs").guest;
     guest.write(1, 16 * MIB).await.expect("it writes");
     let before = guest.last_committed();
-    let job = in_the_middle(&fabric, "islander", BackupKind::Full).await;
+    let job = fabric.in_the_middle("islander", BackupKind::Full).await;
     if let Some(network) = fabric.cluster.network() {
         network.cut("alpha", true).expect("cut");
     }

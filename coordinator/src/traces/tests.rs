@@ -2,7 +2,8 @@ use outrider_proto::ids::VmRole;
 
 use super::*;
 
-fn found() -> VmTraces {
+/// A VM with nothing left on it.
+pub(super) fn found() -> VmTraces {
     VmTraces {
         vm: VmKey {
             realm: "c".into(),

@@ -78,16 +78,19 @@ impl Watch {
         let mut alarms = Vec::new();
         for seen in self.vms.values() {
             let Some(found) = &seen.found else { continue };
-            let of = format!("VM {:?} ({}) on {}", found.name, found.vm, seen.host);
-            let chain = longest(found);
+            // Told only with an alarm: the leader counts alarms at every look.
+            let of = || format!("VM {:?} ({}) on {}", found.name, found.vm, seen.host);
+            let chain = || longest(found);
             for (id, since) in &seen.checkpoints {
                 let age = now_ms.saturating_sub(*since);
                 if age > bounds.checkpoint_ms {
                     let name = found.checkpoints.iter().find(|c| c.id == *id).map(|c| &c.name);
                     alarms.push(format!(
-                        "{of} has had the backup checkpoint {:?} for {}; `outrider host orphans` says whose it is{chain}",
+                        "{} has had the backup checkpoint {:?} for {}; `outrider host orphans` says whose it is{}",
+                        of(),
                         name.filter(|n| !n.is_empty()).unwrap_or(id),
-                        time(age)
+                        time(age),
+                        chain()
                     ));
                 }
             }
@@ -95,18 +98,27 @@ impl Watch {
                 && now_ms.saturating_sub(since) > bounds.merge_ms
             {
                 let age = time(now_ms.saturating_sub(since));
-                alarms.push(format!("{of} has been merging for {age}; look at the load and free space of its volume{chain}"));
+                alarms.push(format!(
+                    "{} has been merging for {age}; look at the load and free space of its volume{}",
+                    of(),
+                    chain()
+                ));
             } else if seen.unexplained_since.is_some() && seen.children > seen.began_with {
                 alarms.push(format!(
-                    "the chain of {of} grows: {} child files, {} before; stop what makes checkpoints there{chain}",
-                    seen.children, seen.began_with
+                    "the chain of {} grows: {} child files, {} before; stop what makes checkpoints there{}",
+                    of(),
+                    seen.children,
+                    seen.began_with,
+                    chain()
                 ));
             } else if let Some(since) = seen.unexplained_since
                 && now_ms.saturating_sub(since) > bounds.merge_ms
             {
                 let age = time(now_ms.saturating_sub(since));
                 alarms.push(format!(
-                    "{of} has been writing to child files that no checkpoint explains for {age}; see `outrider host orphans`{chain}"
+                    "{} has been writing to child files that no checkpoint explains for {age}; see `outrider host orphans`{}",
+                    of(),
+                    chain()
                 ));
             }
         }
@@ -129,8 +141,7 @@ fn time(ms: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use outrider_proto::ids::VmRole;
-
+    use super::super::tests::found;
     use super::super::{Chain, Checkpoint};
     use super::*;
 
@@ -140,12 +151,6 @@ mod tests {
     fn vm(children: usize, checkpoints: &[(&str, u64)], merging: bool) -> VmTraces {
         let files = (0..=children).rev().map(|n| format!("d{n}.avhdx")).collect();
         VmTraces {
-            vm: VmKey {
-                realm: "c".into(),
-                guid: "00000000-0000-0000-0000-000000000001".parse().expect("a GUID"),
-                role: VmRole::Primary,
-            },
-            name: "web".into(),
             checkpoints: checkpoints
                 .iter()
                 .map(|(id, made)| Checkpoint {
@@ -156,9 +161,9 @@ mod tests {
                     ours: false,
                 })
                 .collect(),
-            points: vec![],
             chains: vec![Chain { slot: "0".into(), files, broken: String::new() }],
             merging,
+            ..found()
         }
     }
 
