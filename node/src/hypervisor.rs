@@ -25,7 +25,7 @@ use tokio::sync::mpsc;
 
 pub use boot::{BootCheck, Booting, Sign};
 pub use error::{HypervisorError, Retry};
-pub use new_vm::{Defined, HostFacts, Networks, NewVm, RestoredCheckpoint, SetAside};
+pub use new_vm::{Defined, DiskAside, HostFacts, Networks, NewVm, RestoredCheckpoint, SetAside};
 
 use crate::lease::Lease;
 use crate::restore::{NewDisk, image_extension, new_child, new_image};

@@ -346,5 +346,7 @@ async fn write_config_file(
         };
         reader.pool.run(write).await?.map_err(JobError::file("write", path))?;
     }
+    // The VM is made from it, and may be all there is by then.
+    reader.pool.run(move || target.sync_all()).await?.map_err(JobError::file("sync", path))?;
     Ok(())
 }

@@ -71,6 +71,23 @@ pub struct DiskInfo {
     pub data_write_guid: Uuid,
 }
 
+impl DiskInfo {
+    /// Of plain bytes that are a disk, `size` of them.
+    #[must_use]
+    pub fn raw(size: u64) -> Self {
+        Self {
+            size,
+            logical_sector: 512,
+            physical_sector: 4096,
+            block_size: 1 << 20,
+            kind: DiskKind::Fixed,
+            format: DiskFormat::Raw,
+            disk_id: Uuid::nil(),
+            data_write_guid: Uuid::nil(),
+        }
+    }
+}
+
 /// A virtual disk that can be read from many threads at once.
 pub trait ReadDisk: Send + Sync {
     /// The disk's facts.

@@ -3,11 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use uuid::Uuid;
-
 use crate::block_file::{BlockFile, ByteSource};
 use crate::disk::check_bounds;
-use crate::{DiskError, DiskFormat, DiskInfo, DiskKind, RangeSet, ReadDisk};
+use crate::{DiskError, DiskInfo, RangeSet, ReadDisk};
 
 /// Plain bytes read as a disk. Its holes, where the file system knows them, are not allocated.
 pub struct RawDisk {
@@ -38,16 +36,7 @@ impl RawDisk {
     /// [`DiskError::Io`].
     pub fn from_source(path: PathBuf, source: Arc<dyn ByteSource>) -> Result<Self, DiskError> {
         let size = source.size().map_err(DiskError::io(&path, "get the length of"))?;
-        let info = DiskInfo {
-            size,
-            logical_sector: 512,
-            physical_sector: 4096,
-            block_size: 1 << 20,
-            kind: DiskKind::Fixed,
-            format: DiskFormat::Raw,
-            disk_id: Uuid::nil(),
-            data_write_guid: Uuid::nil(),
-        };
+        let info = DiskInfo::raw(size);
         Ok(Self { path, source, info })
     }
 }

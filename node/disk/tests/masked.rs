@@ -2,9 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use outrider_disk::{
-    ByteRange, DiskError, DiskFormat, DiskInfo, DiskKind, MaskedDisk, RangeSet, ReadDisk,
-};
+use outrider_disk::{ByteRange, DiskError, DiskInfo, MaskedDisk, RangeSet, ReadDisk};
 use proptest::prelude::*;
 
 const SIZE: usize = 300;
@@ -45,16 +43,7 @@ proptest! {
         reads in prop::collection::vec((0..SIZE, 0..SIZE), 1..5),
     ) {
         let masked: RangeSet = ranges.into_iter().map(|(s, l)| ByteRange::new(s, l)).collect();
-        let info = DiskInfo {
-            size: SIZE as u64,
-            logical_sector: 512,
-            physical_sector: 4096,
-            block_size: 1 << 20,
-            kind: DiskKind::Fixed,
-            format: DiskFormat::Raw,
-            disk_id: uuid::Uuid::nil(),
-            data_write_guid: uuid::Uuid::nil(),
-        };
+        let info = DiskInfo::raw(SIZE as u64);
         let below = Arc::new(Counted { info, read: Mutex::default() });
         let disk = MaskedDisk::new(below.clone(), masked.clone());
         for (start, len) in reads {

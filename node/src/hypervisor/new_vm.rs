@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use outrider_proto::ids::VmGuid;
+use outrider_proto::ids::{DiskId, VmGuid};
 use outrider_proto::manifest::{ClusterGroup, Guardian, Switch};
 
 /// A VM that is to be made from restored files.
@@ -79,8 +79,8 @@ pub struct HostFacts {
 pub struct SetAside {
     /// Configuration files that define it; gone when its definition is removed.
     pub config: Vec<PathBuf>,
-    /// Its disk files by slot.
-    pub disks: Vec<(String, PathBuf)>,
+    /// Its disks.
+    pub disks: Vec<DiskAside>,
     /// Its display name.
     pub name: String,
     /// Its cluster group.
@@ -89,4 +89,15 @@ pub struct SetAside {
     pub ran: bool,
     /// What was lost on the way: one sentence each.
     pub lost: Vec<String>,
+}
+
+/// A disk of a VM that was made ready for being replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskAside {
+    /// Where it is attached.
+    pub slot: String,
+    /// Its file.
+    pub file: PathBuf,
+    /// Its VirtualDiskId, where the hypervisor told it.
+    pub id: Option<DiskId>,
 }

@@ -101,7 +101,7 @@ pub fn plan_base(known: Known<'_>, disks: &[DiskFacts]) -> BasePlan {
         Err(reason) => return everything(BackupKind::Full, &reason),
     };
     let decisions: Vec<BaseDecision> =
-        disks.iter().map(|disk| decide(disk, binding, point, parent)).collect();
+        disks.iter().map(|disk| decide(disk, disks, binding, point, parent)).collect();
     let mut reasons: Vec<String> = Vec::new();
     for (disk, decision) in disks.iter().zip(&decisions) {
         if let BaseDecision::Everything { reason } = decision {
@@ -149,12 +149,17 @@ fn base_of<'a>(
 
 fn decide(
     disk: &DiskFacts,
+    all: &[DiskFacts],
     binding: &Binding,
     point: &ReferencePoint,
     parent: &Manifest,
 ) -> BaseDecision {
     let everything = |reason: &str| BaseDecision::Everything { reason: reason.to_owned() };
-    // Equal disk ids in one VM (a copied disk) cannot be told apart.
+    // Equal disk ids in one VM (a copied disk, an exported one that was attached) cannot be told apart, whether they were equal
+    // at the bound point or are now.
+    if all.iter().filter(|other| other.disk == disk.disk).count() > 1 {
+        return everything("another disk of the VM has the same id (VirtualDiskId)");
+    }
     let mut bound_disks = binding.disks.iter().filter(|b| b.disk == disk.disk);
     let (Some(bound), None) = (bound_disks.next(), bound_disks.next()) else {
         return everything("it is not a disk of the bound recovery point");
@@ -307,7 +312,7 @@ mod tests {
     #[test]
     fn any_doubt_about_the_base_reads_everything_and_says_why() {
         type Spoil = fn(&mut World);
-        let doubts: [(&str, Spoil); 10] = [
+        let doubts: [(&str, Spoil); 11] = [
             ("tracking not to be used", |w| w.untracked = Some("switched off")),
             ("not bound", |w| w.binding = None),
             ("reference point gone", |w| w.points.clear()),
@@ -317,6 +322,9 @@ mod tests {
             ("chunk size changed", |w| w.chunk_size = 64 << 10),
             ("resized", |w| w.disks[0].size += 4096),
             ("disk replaced", |w| w.disks[0].disk = DiskId::random()),
+            ("a copy of it is attached, too", |w| {
+                w.disks.push(DiskFacts { slot: "b".into(), ..w.disks[0].clone() });
+            }),
             ("tracking id differs", |w| w.points[0].tracking[0].1 = "rct9".into()),
         ];
         for (name, spoil) in doubts {

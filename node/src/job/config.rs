@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::FutureExt;
-use outrider_disk::{DiskError, DiskFormat, DiskInfo, DiskKind, RangeSet, ReadDisk};
+use outrider_disk::{DiskError, DiskInfo, RangeSet, ReadDisk};
 use outrider_proto::ids::{ChunkId, PgId};
 use outrider_proto::manifest::ConfigFile;
 use outrider_proto::page::FANOUT;
-use uuid::Uuid;
 
 use super::{JobContext, JobError};
 use crate::hypervisor::Checkpoint;
@@ -145,16 +144,7 @@ struct FileDisk {
 
 impl FileDisk {
     fn new(sources: Sources, path: PathBuf, size: u64) -> Self {
-        let info = DiskInfo {
-            size,
-            logical_sector: 512,
-            physical_sector: 4096,
-            block_size: 1 << 20,
-            kind: DiskKind::Fixed,
-            format: DiskFormat::Raw,
-            disk_id: Uuid::nil(),
-            data_write_guid: Uuid::nil(),
-        };
+        let info = DiskInfo::raw(size);
         Self { sources, path, info }
     }
 }

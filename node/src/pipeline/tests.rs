@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use outrider_disk::{DiskFormat, DiskInfo, DiskKind, MaskedDisk, RangeSet};
+use outrider_disk::{DiskInfo, DiskKind, MaskedDisk, RangeSet};
 use outrider_process::clock::{Clock, SystemClock};
 use outrider_proto::ids::{CheckpointId, JobId, LeaseEpoch};
 use outrider_proto::journal::{JournalEntry, JournalStart};
@@ -27,14 +27,9 @@ struct MemoryDisk {
 impl MemoryDisk {
     fn new(bytes: Vec<u8>) -> Arc<Self> {
         let info = DiskInfo {
-            size: bytes.len() as u64,
-            logical_sector: 512,
-            physical_sector: 4096,
-            block_size: 1 << 20,
             kind: DiskKind::Dynamic,
-            format: DiskFormat::Raw,
             disk_id: Uuid::from_u128(1),
-            data_write_guid: Uuid::nil(),
+            ..DiskInfo::raw(bytes.len() as u64)
         };
         Arc::new(Self { bytes, info, read: AtomicU64::new(0) })
     }

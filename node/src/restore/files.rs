@@ -116,7 +116,7 @@ pub(super) fn paths(files: &[DiskFile], folder: &Path) -> Vec<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use outrider_proto::ids::{ChunkId, DiskId};
     use outrider_proto::manifest::{CheckpointFacts, FormerDisk, SavedCheckpoint};
 
@@ -126,7 +126,7 @@ mod tests {
         CheckpointId::from_bytes([n; 16])
     }
 
-    fn disk(name: &str, layers: &[u8]) -> DiskManifest {
+    pub(in crate::restore) fn disk(name: &str, layers: &[u8]) -> DiskManifest {
         let layer = |n: &u8| Layer { root_level: 1, root: ChunkId([*n; 32]) };
         DiskManifest {
             disk_id: DiskId::random(),

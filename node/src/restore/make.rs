@@ -104,6 +104,7 @@ impl<'a> Restore<'a> {
     /// Writes disks and configuration; gives the definition file. What an earlier attempt finished is not written again.
     async fn write(&mut self) -> Result<PathBuf, JobError> {
         let context = self.context;
+        self.target.claim(!self.work.target_folder.is_empty())?;
         let folders = [DISKS, DEFINITION, CHECKPOINTS];
         for dir in folders.iter().take(if self.with_tree { 3 } else { 2 }) {
             let dir = self.target.folder.join(dir);

@@ -10,11 +10,12 @@
 
 use std::path::{Path, PathBuf};
 
-use outrider_proto::ids::VmGuid;
+use outrider_proto::ids::{DiskId, VmGuid};
+use outrider_proto::manifest::Manifest;
 
 use super::make::Restore;
 use super::trail::{REPLACED, Replaced};
-use crate::hypervisor::{Defined, HypervisorError, NewVm, SetAside};
+use crate::hypervisor::{Defined, DiskAside, HypervisorError, NewVm, SetAside};
 use crate::job::JobError;
 
 /// Files beside a disk that track its changes.
@@ -98,7 +99,8 @@ impl Restore<'_> {
             name: aside.name,
             definition,
             folder: folder.unwrap_or_default(),
-            disks: aside.disks,
+            restored: in_point(self.manifest, &aside.disks),
+            disks: aside.disks.into_iter().map(|d| (d.slot, d.file)).collect(),
             group: aside.group,
             ran: aside.ran,
         })
@@ -167,11 +169,18 @@ impl Restore<'_> {
                 return;
             }
         };
-        for (slot, file) in &replaced.disks {
+        let (mut gone, mut kept) = (Vec::new(), Vec::new());
+        for disk in &replaced.disks {
+            let (slot, file) = disk;
             if used.iter().any(|other| same_file(other, file)) {
                 tracing::warn!(vm = %made, slot, file = %file.display(), "a file of the replaced VM is another VM's disk, too: it stays");
                 continue;
             }
+            if !replaced.restored.contains(file) {
+                kept.push(disk.clone());
+                continue;
+            }
+            gone.push(disk.clone());
             super::remove_file(file);
             for extension in TRACKING {
                 // `os.vhdx.rct`
@@ -198,11 +207,27 @@ impl Restore<'_> {
             // Only empty ones go.
             let _ = std::fs::remove_dir(folder);
         }
-        self.notes.push(format!(
-            "the files of the VM that was replaced were removed: {}",
-            listed(&replaced.disks)
-        ));
+        self.notes
+            .push(format!("the files of the VM that was replaced were removed: {}", listed(&gone)));
+        if !kept.is_empty() {
+            self.notes.push(format!(
+                "the recovery point does not hold these disks of the VM that was replaced, so their files were kept: {}; attach \
+                 them to the VM again, or remove them when nobody needs what is on them",
+                listed(&kept)
+            ));
+        }
     }
+}
+
+/// The files of disks that a recovery point holds: by the disk's own id, since another disk may be where one of the point was.
+/// A disk that was added after the point, or that no point has (a shared one), has no copy anywhere; nor may one have whose id
+/// nobody tells.
+fn in_point(manifest: &Manifest, disks: &[DiskAside]) -> Vec<PathBuf> {
+    let held: Vec<DiskId> = manifest.disks.iter().map(|d| d.disk_id).collect();
+    // A copy of a disk has its id, too: an exported one that was attached, for instance.
+    let is_one = |id: DiskId| disks.iter().filter(|disk| disk.id == Some(id)).count() == 1;
+    let is_held = |disk: &&DiskAside| disk.id.is_some_and(|id| held.contains(&id) && is_one(id));
+    disks.iter().filter(is_held).map(|disk| disk.file.clone()).collect()
 }
 
 /// Whether two paths name one file to Windows, where neither case nor the kind of slash matters. Elsewhere that may call two
@@ -220,6 +245,23 @@ pub(super) fn listed(disks: &[(String, PathBuf)]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_the_point_holds_may_go() {
+        let mut manifest = crate::restore::target::tests::manifest();
+        let held = DiskId::random();
+        manifest.disks = vec![crate::restore::files::tests::disk("0", &[1])];
+        manifest.disks[0].disk_id = held;
+        let disk = |file: &str, id| DiskAside { slot: "0".into(), file: file.into(), id };
+        let disks = [
+            disk("moved.vhdx", Some(held)),
+            disk("in its slot.vhdx", Some(DiskId::random())),
+            disk("untold.vhdx", None),
+        ];
+        assert_eq!(in_point(&manifest, &disks), [PathBuf::from("moved.vhdx")]);
+        let twice = [disk("os.vhdx", Some(held)), disk("a copy of it.vhdx", Some(held))];
+        assert_eq!(in_point(&manifest, &twice), [] as [PathBuf; 0]);
+    }
 
     #[test]
     fn a_file_is_the_same_however_it_is_spelt() {

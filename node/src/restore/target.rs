@@ -1,5 +1,6 @@
 //! Where a restored VM goes, and what is in its way. Decided before anything is written.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use outrider_proto::ids::{JobId, VmGuid};
@@ -25,6 +26,8 @@ pub(super) struct Target {
     pub(super) trail: Option<Trail>,
     /// The VM is real, but what follows may not be done.
     pub(super) unfinished: bool,
+    /// The folder is this job's: it made it, in this attempt or an earlier one. Nothing in another one is written or removed.
+    pub(super) claimed: bool,
 }
 
 /// Chooses the place, or says why there is none.
@@ -41,13 +44,17 @@ pub(super) fn choose(
         work.target_name.clone()
     };
     let original = inventory.vms.iter().find(|vm| vm.guid == manifest.vm.guid);
-    let begun = if work.target_folder.is_empty() {
-        let candidates = roots.iter().flat_map(|(root, _)| folders(root, &name).take(LOOKED_AT));
-        candidates.into_iter().find_map(|f| Trail::find(&f, job).map(|trail| (f, trail)))
-    } else {
-        let folder = PathBuf::from(&work.target_folder);
-        Trail::find(&folder, job).map(|trail| (folder, trail))
+    let candidates: Vec<PathBuf> = match work.target_folder.as_str() {
+        "" => roots.iter().flat_map(|(root, _)| folders(root, &name).take(LOOKED_AT)).collect(),
+        named => vec![named.into()],
     };
+    let mut begun = None;
+    for folder in candidates {
+        if let Some(trail) = Trail::find(&folder, job)? {
+            begun = Some((folder, trail));
+            break;
+        }
+    }
     let mut unfinished = false;
     if let Some((folder, mut trail)) = begun {
         let ours = |vm: &&VmSeen| {
@@ -64,22 +71,25 @@ pub(super) fn choose(
             Some(replaced) => Some(replaced.vm),
             None => in_the_way(manifest, work, inventory, &name)?,
         };
-        return Ok(Target { name, folder, replaces, trail: Some(trail), unfinished });
+        let trail = Some(trail);
+        return Ok(Target { name, folder, replaces, trail, unfinished, claimed: true });
     }
     let replaces = in_the_way(manifest, work, inventory, &name)?;
     let folder = if work.target_folder.is_empty() {
-        free_folder(&root_for(original, roots)?, &name)
+        free_folder(&root_for(original, roots)?, &name)?
     } else {
         let folder = PathBuf::from(&work.target_folder);
-        if has_content(&folder) {
-            return Err(JobError::TargetTaken(format!(
-                "the folder {} is not empty; name an empty or a new one",
-                folder.display()
-            )));
+        if has_content(&folder)? {
+            return Err(not_empty(&folder));
         }
         folder
     };
-    Ok(Target { name, folder, replaces, trail: None, unfinished })
+    Ok(Target { name, folder, replaces, trail: None, unfinished, claimed: false })
+}
+
+fn not_empty(folder: &Path) -> JobError {
+    let folder = folder.display();
+    JobError::TargetTaken(format!("the folder {folder} is not empty; name an empty or a new one"))
 }
 
 /// The VM whose place is to be taken.
@@ -89,9 +99,17 @@ fn in_the_way(
     inventory: &Inventory,
     name: &str,
 ) -> Result<Option<VmGuid>, JobError> {
-    let same_guid = |vm: &&VmSeen| work.keep_guid && vm.guid == manifest.vm.guid;
-    let in_the_way = inventory.vms.iter().find(|vm| same_guid(vm) || vm.name == name);
-    match in_the_way {
+    // With its GUID a VM takes its own place only, whatever another one is called.
+    let itself = inventory.vms.iter().find(|vm| work.keep_guid && vm.guid == manifest.vm.guid);
+    let namesake = inventory.vms.iter().find(|vm| vm.name == name);
+    if let (true, None, Some(other)) = (work.keep_guid, itself, namesake) {
+        return Err(JobError::TargetTaken(format!(
+            "VM {:?} ({}) on this host has the name of the one that is to be restored ({}) and is another VM, which is not \
+             replaced: restore under another name, or without --keep-guid",
+            other.name, other.guid, manifest.vm.guid
+        )));
+    }
+    match itself.or(namesake) {
         Some(existing) if !work.overwrite => Err(JobError::TargetTaken(format!(
             "VM {:?} ({}) exists on this host; restore under another name and a new GUID, or with --overwrite",
             existing.name, existing.guid
@@ -120,9 +138,17 @@ fn root_for(original: Option<&VmSeen>, roots: &[(PathBuf, u64)]) -> Result<PathB
     })
 }
 
-/// A folder of the VM's name that does not exist yet.
-fn free_folder(root: &Path, name: &str) -> PathBuf {
-    folders(root, name).find(|f| !f.exists()).unwrap_or_else(|| root.to_owned())
+/// A folder of the VM's name that does not exist yet. A volume that does not answer is no sign of that: the folder of the
+/// original may lie there.
+fn free_folder(root: &Path, name: &str) -> Result<PathBuf, JobError> {
+    for folder in folders(root, name) {
+        match folder.symlink_metadata() {
+            Ok(_) => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(folder),
+            Err(e) => return Err(JobError::file("look for a free folder at", &folder)(e)),
+        }
+    }
+    Err(JobError::TargetTaken(format!("no folder is free below {}", root.display())))
 }
 
 /// Folders of the VM's name: as it is, then numbered.
@@ -140,8 +166,12 @@ fn folders(root: &Path, name: &str) -> impl Iterator<Item = PathBuf> + use<> {
     })
 }
 
-fn has_content(folder: &Path) -> bool {
-    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some())
+fn has_content(folder: &Path) -> Result<bool, JobError> {
+    match std::fs::read_dir(folder) {
+        Ok(mut entries) => Ok(entries.next().is_some()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(JobError::file("look into", folder)(e)),
+    }
 }
 
 impl Target {
@@ -162,10 +192,36 @@ impl Target {
         all
     }
 
-    /// After a failure: removes the folder, which nobody else had before.
+    /// Makes the folder, unless an earlier attempt did. One that somebody else made since it was chosen is left alone.
+    ///
+    /// # Errors
+    /// [`JobError`]: the folder is not this job's.
+    pub(super) fn claim(&mut self, chosen_by_operator: bool) -> Result<(), JobError> {
+        if self.claimed {
+            return Ok(());
+        }
+        let parent = self.folder.parent().unwrap_or(&self.folder);
+        std::fs::create_dir_all(parent).map_err(JobError::file("make the folder", parent))?;
+        match std::fs::create_dir(&self.folder) {
+            Ok(()) => {}
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                if !chosen_by_operator || has_content(&self.folder)? {
+                    return Err(not_empty(&self.folder));
+                }
+            }
+            Err(e) => return Err(JobError::file("make the folder", &self.folder)(e)),
+        }
+        self.claimed = true;
+        Ok(())
+    }
+
+    /// After a failure: removes the folder, if it is this job's.
     pub(super) fn remove_what_was_made(&self) {
+        if !self.claimed {
+            return;
+        }
         if let Err(e) = std::fs::remove_dir_all(&self.folder)
-            && e.kind() != std::io::ErrorKind::NotFound
+            && e.kind() != ErrorKind::NotFound
         {
             tracing::warn!(folder = %self.folder.display(), error = %e, "files of a failed restore stay behind");
         }
@@ -223,6 +279,17 @@ pub(super) mod tests {
                 .replaces,
             Some(vm.guid)
         );
+        // Its own place, not that of a namesake, even if that is listed first or is the only one.
+        let namesake = VmSeen { guid: VmGuid::random(), ..vm.clone() };
+        let both = Inventory { vms: vec![namesake.clone(), vm.clone()], ..Inventory::default() };
+        let place = choose(&manifest, &work, &both, &roots, JobId::random());
+        assert_eq!(place.expect("a place").replaces, Some(vm.guid));
+        let alone = Inventory { vms: vec![namesake.clone()], ..Inventory::default() };
+        let refused = choose(&manifest, &work, &alone, &roots, JobId::random());
+        assert!(refused.expect_err("another VM").to_string().contains("is another VM"));
+        let by_name = RestoreWork { keep_guid: false, ..work.clone() };
+        let place = choose(&manifest, &by_name, &alone, &roots, JobId::random());
+        assert_eq!(place.expect("asked for by name").replaces, Some(namesake.guid));
         // Another attempt of the same job goes on where the first one stood.
         let job = JobId::random();
         let begun = choose(&manifest, &work, &inventory, &roots, job).expect("a place");
@@ -238,6 +305,23 @@ pub(super) mod tests {
         let refused =
             choose(&manifest, &work, &there, &roots, JobId::random()).expect_err("a replica");
         assert!(refused.to_string().contains("Remove-VMReplication"), "{refused}");
+        // A folder that appeared after it was chosen is somebody else's, and stays when the job fails.
+        let mut late =
+            choose(&manifest, &work, &inventory, &roots, JobId::random()).expect("a place");
+        std::fs::create_dir(&late.folder).expect("made by somebody else");
+        let refused = late.claim(false).expect_err("it is not ours");
+        assert!(refused.to_string().contains("not empty"), "{refused}");
+        late.remove_what_was_made();
+        assert!(late.folder.exists());
+        late.claim(true).expect("an empty one that an operator names");
+        late.remove_what_was_made();
+        assert!(!late.folder.exists());
+        // A volume that does not answer has no free folders: here, a file where a folder should be.
+        let file = dir.path().join("no volume");
+        std::fs::write(&file, b"").expect("written");
+        let silent = [(file.join("below"), 1)];
+        choose(&manifest, &work, &Inventory::default(), &silent, JobId::random())
+            .expect_err("nothing is known of what is there");
         let other = RestoreWork { target_name: "위성/2".into(), ..RestoreWork::default() };
         let target =
             choose(&manifest, &other, &inventory, &roots, JobId::random()).expect("a place");

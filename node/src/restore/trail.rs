@@ -2,6 +2,7 @@
 //!
 //! It is there from before the first byte until the VM is made. A folder without it is nobody's business of ours.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use outrider_proto::ids::{JobId, PointId, VmGuid};
@@ -42,6 +43,9 @@ pub(super) struct Replaced {
     pub(super) folder: PathBuf,
     /// Its disks by slot.
     pub(super) disks: Vec<(String, PathBuf)>,
+    /// Those of its files whose very disk the recovery point holds, too. Only they go once the restored VM is there.
+    #[serde(default)]
+    pub(super) restored: Vec<PathBuf>,
     pub(super) group: Option<ClusterGroup>,
     /// It ran before.
     pub(super) ran: bool,
@@ -64,10 +68,21 @@ impl Trail {
     }
 
     /// The trail in a folder, if it is of this job.
-    pub(super) fn find(folder: &Path, job: JobId) -> Option<Self> {
-        let text = std::fs::read(folder.join(TRAIL)).ok()?;
-        let trail: Self = serde_json::from_slice(&text).ok()?;
-        (trail.job == job).then_some(trail)
+    ///
+    /// # Errors
+    /// A file that is there and cannot be read: it may be the one that says which VM was removed.
+    pub(super) fn find(folder: &Path, job: JobId) -> Result<Option<Self>, JobError> {
+        let path = folder.join(TRAIL);
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
+            Err(e) => return Err(JobError::file("read", &path)(e)),
+        };
+        // Of another version of the product, perhaps; then of another job.
+        let trail: Option<Self> = serde_json::from_slice(&text).ok();
+        Ok(trail.filter(|trail| trail.job == job))
     }
 
     /// Writes it, durably.
@@ -101,13 +116,15 @@ mod tests {
             definition: Some("a.vmcx".into()),
             folder: "old".into(),
             disks: vec![("0/0".into(), "old/os.vhdx".into())],
+            restored: vec!["old/os.vhdx".into()],
             group: Some(ClusterGroup::default()),
             ran: true,
         });
         trail.save(dir.path()).expect("written");
-        assert_eq!(Trail::find(dir.path(), job), Some(trail));
-        assert_eq!(Trail::find(dir.path(), JobId::random()), None);
+        let found = |job| Trail::find(dir.path(), job).expect("readable");
+        assert_eq!(found(job), Some(trail));
+        assert_eq!(found(JobId::random()), None);
         Trail::remove(dir.path());
-        assert_eq!(Trail::find(dir.path(), job), None);
+        assert_eq!(found(job), None);
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use outrider_disk::guest::{FileId, FileKind, FileSystem, GuestDisk, GuestError, Limits, path};
-use outrider_disk::{DiskError, DiskFormat, DiskInfo, DiskKind, RangeSet, RawDisk, ReadDisk};
+use outrider_disk::{DiskError, DiskInfo, RangeSet, RawDisk, ReadDisk};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -157,16 +157,7 @@ pub(crate) struct MemoryDisk {
 
 impl MemoryDisk {
     pub(crate) fn new(bytes: Vec<u8>) -> Self {
-        let info = DiskInfo {
-            size: bytes.len() as u64,
-            logical_sector: 512,
-            physical_sector: 4096,
-            block_size: 1 << 20,
-            kind: DiskKind::Fixed,
-            format: DiskFormat::Raw,
-            disk_id: uuid::Uuid::nil(),
-            data_write_guid: uuid::Uuid::nil(),
-        };
+        let info = DiskInfo::raw(bytes.len() as u64);
         Self { info, bytes }
     }
 }

@@ -13,7 +13,7 @@ use super::snapshot::files_of;
 use super::user_checkpoints::USER_CHECKPOINT;
 use super::wql::{self, REALIZED, SETTINGS, literal};
 use crate::hypervisor::error::HypervisorError;
-use crate::hypervisor::{Power, SetAside, VmState};
+use crate::hypervisor::{DiskAside, Power, SetAside, VmState};
 use crate::lease::Lease;
 
 impl HyperV {
@@ -39,7 +39,11 @@ impl HyperV {
         let disks = state.vm.disks.iter().filter(|d| !d.path.is_empty());
         aside.disks = disks
             .filter(|d| d.size > 0 || d.uncapturable.is_none())
-            .map(|d| (d.slot.clone(), PathBuf::from(&d.path)))
+            .map(|d| DiskAside {
+                slot: d.slot.clone(),
+                file: PathBuf::from(&d.path),
+                id: d.disk_id,
+            })
             .collect();
         aside.config = match self.settings_by_type(vm, REALIZED).await?.first() {
             Some(settings) => files_of(settings),

@@ -7,9 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outrider_disk::{DiskError, DiskFormat, DiskInfo, DiskKind, RangeSet, ReadDisk};
+use outrider_disk::{DiskError, DiskInfo, DiskKind, RangeSet, ReadDisk};
 use outrider_proto::ids::DiskId;
-use uuid::Uuid;
 
 use super::nbd::{self, Nbd};
 use crate::source::FrozenSource;
@@ -118,14 +117,10 @@ impl FrozenDisk {
             ));
         }
         let info = DiskInfo {
-            size: export.size,
-            logical_sector: 512,
-            physical_sector: 4096,
             block_size: export.cluster,
             kind: DiskKind::Dynamic,
-            format: DiskFormat::Raw,
             disk_id: export.disk.0,
-            data_write_guid: Uuid::nil(),
+            ..DiskInfo::raw(export.size)
         };
         let unopened = pace.depth.saturating_sub(1);
         let pool = Mutex::new(Connections { idle: vec![first], unopened });
