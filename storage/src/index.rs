@@ -49,6 +49,12 @@ pub trait ChunkIndex: Send + Sync + 'static {
         through: &[(SegmentNumber, u64)],
     ) -> Result<(), IndexError>;
 
+    /// Removes an id if it is indexed at this place; gives whether it was.
+    ///
+    /// # Errors
+    /// [`IndexError`].
+    fn remove(&self, id: &ChunkId, at: &Location) -> Result<bool, IndexError>;
+
     /// Removes what is indexed in `from..to` of a segment.
     ///
     /// # Errors

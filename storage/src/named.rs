@@ -97,6 +97,18 @@ impl NamedTable {
         Ok(entries)
     }
 
+    /// Forgets a name if its bytes are at this place; gives whether they were. Its fence stays.
+    ///
+    /// # Errors
+    /// [`IndexError`].
+    pub fn remove(&self, space: u8, key: &[u8], at: &Location) -> Result<bool, IndexError> {
+        let here = self.get(space, key)?.is_some_and(|entry| entry.location == *at);
+        if here {
+            self.names.remove([&[space], key].concat())?;
+        }
+        Ok(here)
+    }
+
     /// Forgets the names whose bytes lie in `from..to` of a segment.
     ///
     /// # Errors

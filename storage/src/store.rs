@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use outrider_format::entry::{Name, Provenance};
-use outrider_format::segment::SegmentNumber;
 use outrider_process::clock::{Clock, SystemClock};
 use outrider_process::fs::{self, DirLock, FsError};
 use outrider_proto::frame::Space;
@@ -19,14 +18,14 @@ use outrider_proto::record::Record;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::error::{OpenError, StoreError};
-use crate::index::{ChunkIndex, IndexError, MemoryIndex, SledIndex};
+use crate::index::{ChunkIndex, IndexError, Location, MemoryIndex, SledIndex};
 use crate::named::{NamedEntry, NamedTable};
 use crate::segment::disk::{Disk, SystemDisk};
 use crate::segment::reader::SegmentReader;
 use crate::segment::recovery::recover;
 use crate::segment::writer::{SegmentPlace, SegmentSet};
 
-use self::committer::{Command, Committer};
+use self::committer::{Command, Committer, FoundBy};
 
 /// Which chunk index a store uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -281,14 +280,15 @@ impl Store {
         Ok(self.shared.index.get(id).map_err(|e| self.shared.tables(&e))?.is_some())
     }
 
-    /// Reads a durable chunk; `None` when it is not here, or its bytes are damaged (which is counted and reported).
+    /// Reads a durable chunk; `None` when it is not here or cannot be read. Damaged bytes are counted and reported, and when
+    /// this returns their id is known here no longer.
     ///
     /// # Errors
     /// [`StoreError::Tables`].
     pub async fn get(&self, id: ChunkId) -> Result<Option<Record>, StoreError> {
         let found = self.shared.index.get(&id).map_err(|e| self.shared.tables(&e))?;
         let Some(at) = found else { return Ok(None) };
-        Ok(self.read(at).await.filter(|record| record.id() == id))
+        Ok(self.read(id, at, FoundBy::Id(id)).await)
     }
 
     /// Up to `limit` durable ids after `after` and not after `last`, in order.
@@ -312,9 +312,19 @@ impl Store {
         self.shared.named.list(space as u8, prefix).map_err(|e| self.shared.tables(&e))
     }
 
-    /// The bytes of a named record; `None` when they are damaged.
-    pub async fn get_named(&self, entry: &NamedEntry) -> Option<Record> {
-        self.read(entry.location).await.filter(|record| record.id() == entry.id)
+    /// The entry of a name.
+    ///
+    /// # Errors
+    /// [`StoreError::Tables`].
+    pub fn find_named(&self, space: Space, key: &[u8]) -> Result<Option<NamedEntry>, StoreError> {
+        self.shared.named.get(space as u8, key).map_err(|e| self.shared.tables(&e))
+    }
+
+    /// The bytes of a named record; `None` when they cannot be read. As with [`Store::get`], damaged ones are known no
+    /// longer.
+    pub async fn get_named(&self, space: Space, entry: &NamedEntry) -> Option<Record> {
+        let found_by = FoundBy::Name { space: space as u8, key: entry.key.clone() };
+        self.read(entry.id, entry.location, found_by).await
     }
 
     /// Figures of this moment.
@@ -353,21 +363,30 @@ impl Store {
         }
     }
 
-    async fn read(&self, at: crate::index::Location) -> Option<Record> {
+    async fn read(&self, id: ChunkId, at: Location, found_by: FoundBy) -> Option<Record> {
+        use std::io::ErrorKind::{InvalidData, UnexpectedEof};
         let reader = Arc::clone(&self.reader);
         let read = tokio::task::spawn_blocking(move || reader.read(at)).await;
         let why = match read {
-            Ok(Ok((_, record))) => return Some(record),
-            Ok(Err(error)) => error.to_string(),
-            Err(error) => error.to_string(),
+            Ok(Ok((_, record))) if record.id() == id => return Some(record),
+            Ok(Ok((_, other))) => format!("record {:?} is in its place", other.id()),
+            Ok(Err(error)) if matches!(error.kind(), InvalidData | UnexpectedEof) => {
+                error.to_string()
+            }
+            // The disk does not say what the bytes are: they may be good when it answers again.
+            Ok(Err(error)) => return self.unreadable(at, &error),
+            Err(error) => return self.unreadable(at, &error),
         };
-        self.shared.damaged.fetch_add(1, Ordering::Relaxed);
-        self.report(at.segment, at.offset, &why);
+        let forgotten = self.ask(|done| Command::Damaged { found_by, at, why, done }).await;
+        if let Err(error) = forgotten {
+            tracing::error!(%error, segment = %at.segment, offset = at.offset, "a damaged record could not be taken out of the tables");
+        }
         None
     }
 
-    fn report(&self, segment: SegmentNumber, offset: u64, why: &str) {
-        tracing::error!(%segment, offset, why, "a durable record cannot be read; a replica has to give its copy");
+    fn unreadable(&self, at: Location, error: &dyn std::fmt::Display) -> Option<Record> {
+        tracing::error!(segment = %at.segment, offset = at.offset, %error, "a durable record cannot be read; a replica has to give its copy");
+        None
     }
 
     async fn ask<T>(

@@ -19,7 +19,7 @@ use outrider_storage_client::transport::{
 };
 use outrider_storage_client::{BarrierError, ClientRole, StoreError, TransportError};
 
-use cluster::{Cluster, issue, put_all, record, until};
+use cluster::{Cluster, issue, put_all, record, rot, until};
 
 const BACKUP: Operations = Operations::BACKUP;
 
@@ -135,6 +135,24 @@ async fn a_dead_replica_gives_no_receipt_and_catches_up_when_it_is_back() {
             && store.list_named(Space::Root, &[]).expect("listed").len() == 1
     })
     .await;
+    cluster.shutdown().await;
+}
+
+/// Its place says no until a good copy is there: from whoever puts it, or, as here, from another replica.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotten_copy_is_fetched_from_another_replica() {
+    let cluster = Cluster::start(3, 3, 3).await;
+    let agent = cluster.agent("hv1");
+    let client = cluster.client(&agent, ClientRole::Agent);
+    let store = cluster.job(&client, "hv1", BACKUP);
+    let ids = put_all(&store, 0..20).await;
+    store.barrier().await.expect("durable on all three");
+    let s2 = &cluster.nodes["s2"].store;
+    rot(s2.dir(), &record(7));
+    assert!(s2.get(ids[7]).await.expect("asked").is_none());
+    until("the copy is fetched", || s2.contains(&ids[7]).expect("asked")).await;
+    assert!(s2.get(ids[7]).await.expect("asked").is_some_and(|r| r.id() == ids[7]));
+    assert_eq!((s2.status().damaged, s2.status().chunks), (1, 20));
     cluster.shutdown().await;
 }
 

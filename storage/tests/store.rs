@@ -15,49 +15,62 @@ use outrider_proto::record::Record;
 use outrider_storage::segment::disk::{Disk, DiskFile, SystemDisk};
 use outrider_storage::{Append, IndexKind, OpenError, Store, StoreConfig, StoreError};
 
-use cluster::record;
+use cluster::{record, rot};
 
 /// A disk that knows what was synced, and can lose the rest, run full, or fail to sync.
 #[derive(Clone, Default)]
 struct CrashDisk {
-    synced: Arc<Mutex<HashMap<PathBuf, Vec<u8>>>>,
+    files: Arc<Mutex<HashMap<PathBuf, OnDisk>>>,
     syncs: Arc<AtomicU64>,
     full: Arc<AtomicBool>,
-    fail_sync: Arc<AtomicBool>,
+    /// What every sync fails with.
+    fail_sync: Arc<Mutex<Option<io::ErrorKind>>>,
+}
+
+/// A file below the memory of the system. Processes that end change nothing about it.
+#[derive(Default)]
+struct OnDisk {
+    synced: Option<Vec<u8>>,
+    /// What the next sync writes. A sync that fails forgets it, as systems do: the bytes can still be read, and a second
+    /// sync succeeds without them.
+    dirty: Vec<(u64, usize)>,
 }
 
 struct CrashFile {
     disk: CrashDisk,
-    path: Arc<Mutex<PathBuf>>,
+    path: PathBuf,
     inner: Box<dyn DiskFile>,
 }
 
 impl CrashDisk {
     /// What a power cut leaves: every file as it was at its last sync.
     fn crash(&self, dir: &Path) {
+        let mut files = self.files.lock().expect("no panic");
         for entry in std::fs::read_dir(dir).expect("a folder") {
             let path = entry.expect("an entry").path();
-            match self.synced.lock().expect("no panic").get(&path) {
+            let file = files.entry(path.clone()).or_default();
+            file.dirty.clear();
+            match &file.synced {
                 Some(bytes) => std::fs::write(&path, bytes).expect("written"),
                 None => std::fs::remove_file(&path).expect("removed"),
             }
         }
     }
+
+    fn fail_syncs(&self, with: Option<io::ErrorKind>) {
+        *self.fail_sync.lock().expect("no panic") = with;
+    }
 }
 
 impl Disk for CrashDisk {
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        let path_cell = Arc::new(Mutex::new(path.to_owned()));
-        Ok(Box::new(CrashFile {
-            disk: self.clone(),
-            path: path_cell,
-            inner: SystemDisk.open(path)?,
-        }))
+        let inner = SystemDisk.open(path)?;
+        Ok(Box::new(CrashFile { disk: self.clone(), path: path.to_owned(), inner }))
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut synced = self.synced.lock().expect("no panic");
-        if let Some(bytes) = synced.remove(from) {
-            synced.insert(to.to_owned(), bytes);
+        let mut files = self.files.lock().expect("no panic");
+        if let Some(file) = files.remove(from) {
+            files.insert(to.to_owned(), file);
         }
         SystemDisk.rename(from, to)
     }
@@ -71,6 +84,9 @@ impl Disk for CrashDisk {
 
 impl DiskFile for CrashFile {
     fn write_at(&mut self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        let mut files = self.disk.files.lock().expect("no panic");
+        let len = parts.iter().map(|p| p.len()).sum();
+        files.entry(self.path.clone()).or_default().dirty.push((offset, len));
         if self.disk.full.load(Ordering::SeqCst) {
             // A real disk takes a part of it first.
             let half = parts[0].len() / 2;
@@ -80,14 +96,22 @@ impl DiskFile for CrashFile {
         self.inner.write_at(offset, parts)
     }
     fn sync(&mut self) -> io::Result<()> {
-        if self.disk.fail_sync.load(Ordering::SeqCst) {
-            return Err(io::Error::other("the medium does not answer"));
+        let mut files = self.disk.files.lock().expect("no panic");
+        let file = files.entry(self.path.clone()).or_default();
+        let dirty = std::mem::take(&mut file.dirty);
+        if let Some(kind) = *self.disk.fail_sync.lock().expect("no panic") {
+            return Err(io::Error::new(kind, "the medium did not take it"));
         }
         self.inner.sync()?;
         self.disk.syncs.fetch_add(1, Ordering::SeqCst);
-        let path = self.path.lock().expect("no panic").clone();
-        let bytes = std::fs::read(&path)?;
-        self.disk.synced.lock().expect("no panic").insert(path, bytes);
+        let now = std::fs::read(&self.path)?;
+        let synced = file.synced.get_or_insert_default();
+        synced.resize(now.len(), 0);
+        for (offset, len) in dirty {
+            let from = usize::try_from(offset).expect("small").min(now.len());
+            let to = (from + len).min(now.len());
+            synced[from..to].copy_from_slice(&now[from..to]);
+        }
         Ok(())
     }
     fn set_len(&mut self, len: u64) -> io::Result<()> {
@@ -140,9 +164,9 @@ async fn an_id_is_known_only_after_its_bytes_are_synced_and_a_crash_takes_only_t
         assert!(all_there(&store, &first));
         let second = put(&store, 20..21).await;
         // The thread would sync at the end; a power cut does not wait for that.
-        disk.fail_sync.store(true, Ordering::SeqCst);
+        disk.fail_syncs(Some(io::ErrorKind::Other));
         store.close();
-        disk.fail_sync.store(false, Ordering::SeqCst);
+        disk.fail_syncs(None);
         disk.crash(&dir.path().join("segments"));
         let store = open().expect("recovered");
         assert!(all_there(&store, &first), "{index:?}");
@@ -206,7 +230,7 @@ async fn a_lost_index_is_rebuilt_with_the_same_answers_and_incarnations_grow() {
     assert_eq!(store.status().chunks, 60);
     let named = store.list_named(Space::Journal, &[5; 16]).expect("listed");
     assert_eq!((named.len(), named[0].fence), (1, 3));
-    assert!(store.get_named(&named[0]).await.is_some());
+    assert!(store.get_named(Space::Journal, &named[0]).await.is_some());
     let stale = Name { fence: 2, ..name };
     let refused = store.put_named(stale, append(record(1)).provenance, journal()).await;
     assert_eq!(refused, Err(StoreError::Fenced { seen: 3, given: 2 }), "fences survive, too");
@@ -290,13 +314,165 @@ async fn a_failed_sync_is_never_tried_again() {
     let store = Store::open_on(dir.path(), config(IndexKind::Memory), Arc::new(disk.clone()));
     let store = store.expect("opened");
     let ids = put(&store, 0..3).await;
-    disk.fail_sync.store(true, Ordering::SeqCst);
+    disk.fail_syncs(Some(io::ErrorKind::Other));
     assert!(matches!(store.sync().await, Err(StoreError::Failed { .. })));
-    disk.fail_sync.store(false, Ordering::SeqCst);
+    disk.fail_syncs(None);
     assert!(matches!(store.sync().await, Err(StoreError::Failed { .. })), "it worked, as if");
     let more = store.append(vec![append(record(9))]).await;
     assert!(matches!(more, Err(StoreError::Failed { .. })));
     assert!(ids.iter().all(|id| !store.contains(id).expect("asked")));
+}
+
+/// Sealing syncs, too: what it could not bring to the disk is told once, by whatever error.
+#[tokio::test]
+async fn space_that_a_sync_lacks_is_a_failed_sync() {
+    for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+        // The first append makes a segment, the ninth seals one.
+        for before in [0, 7] {
+            let dir = tempfile::tempdir().expect("a directory");
+            let disk = CrashDisk::default();
+            let open =
+                || Store::open_on(dir.path(), config(IndexKind::Memory), Arc::new(disk.clone()));
+            let store = open().expect("opened");
+            let ids = put(&store, 0..before).await;
+            disk.fail_syncs(Some(kind));
+            let refused = store.append(vec![append(record(9))]).await;
+            assert!(matches!(refused, Err(StoreError::Failed { .. })), "{before}: {refused:?}");
+            disk.fail_syncs(None);
+            let synced = store.sync().await;
+            assert!(matches!(synced, Err(StoreError::Failed { .. })), "it worked, as if");
+            assert!(ids.iter().all(|id| !store.contains(id).expect("asked")));
+        }
+    }
+}
+
+/// The system forgets that it could not write bytes, but still shows them to whoever reads.
+#[tokio::test]
+async fn bytes_that_a_failed_sync_left_in_memory_are_on_the_disk_before_a_restart_answers_for_them()
+{
+    // With eight more records the failed sync is that of sealing: the footer can be read as well.
+    for more in [3, 8] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let disk = CrashDisk::default();
+        let open = || Store::open_on(dir.path(), config(IndexKind::Memory), Arc::new(disk.clone()));
+        let store = open().expect("opened");
+        let mut ids = put(&store, 0..2).await;
+        store.sync().await.expect("synced");
+        disk.fail_syncs(Some(io::ErrorKind::Other));
+        let records: Vec<_> = (2..2 + more).map(record).collect();
+        ids.extend(records.iter().map(Record::id));
+        let appended = store.append(records.into_iter().map(append).collect()).await;
+        assert_eq!(appended.is_err(), more == 8, "{appended:?}");
+        assert!(matches!(store.sync().await, Err(StoreError::Failed { .. })));
+        store.close();
+        disk.fail_syncs(None);
+
+        let store = open().expect("started again");
+        let claimed: Vec<_> =
+            ids.into_iter().filter(|id| store.contains(id).expect("asked")).collect();
+        assert!(claimed.len() > 2, "the test is about what was not synced before");
+        store.close();
+        disk.crash(&dir.path().join("segments"));
+        let store = open().expect("started after a power cut");
+        assert_eq!(store.status().damaged, 0, "{more}");
+        for id in &claimed {
+            assert!(store.get(*id).await.expect("asked").is_some(), "{more}: it was answered for");
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_watermarks_damage_costs_the_damaged_record_only() {
+    for lose in [|p: &Path| std::fs::remove_file(p), |p: &Path| std::fs::write(p, [7; 8192])] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let open = || Store::open(dir.path(), config(IndexKind::Sled)).expect("opened");
+        let store = open();
+        let ids = put(&store, 0..4).await;
+        store.sync().await.expect("synced");
+        store.close();
+        let path = newest(dir.path(), "open");
+        let mut bytes = std::fs::read(&path).expect("read");
+        let whole = bytes.len();
+        bytes[400] ^= 1;
+        // Bytes that a crash left, not a multiple of eight: the next record must begin where one can.
+        bytes.extend_from_slice(b"OSR1 torn");
+        std::fs::write(&path, &bytes).expect("written");
+        lose(&dir.path().join("segments/WATERMARKS")).expect("lost");
+
+        let store = open();
+        assert!(store.status().damaged > 0);
+        assert!(!store.contains(&ids[0]).expect("asked"));
+        assert!(all_there(&store, &ids[1..]), "they were durable");
+        assert!(std::fs::metadata(&path).expect("there").len() >= whole as u64, "never cut");
+        let more = put(&store, 4..6).await;
+        store.sync().await.expect("synced");
+        store.close();
+        let store = open();
+        assert!(all_there(&store, &ids[1..]) && all_there(&store, &more));
+        for id in ids[1..].iter().chain(&more) {
+            assert!(store.get(*id).await.expect("asked").is_some());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_rotten_record_is_forgotten_counted_once_and_taken_in_again() {
+    for index in [IndexKind::Sled, IndexKind::Memory] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let open = || Store::open(dir.path(), config(index)).expect("opened");
+        let store = open();
+        let ids = put(&store, 0..20).await;
+        store.sync().await.expect("synced");
+        assert!(store.status().segments > 2, "the first ones are sealed");
+        rot(dir.path(), &record(0));
+        rot(dir.path(), &record(1));
+        assert!(store.get(ids[0]).await.expect("asked").is_none());
+        assert!(store.get(ids[0]).await.expect("asked").is_none());
+        assert_eq!(store.status().damaged, 1, "once");
+        assert_eq!(store.status().chunks, 19);
+        assert!(!store.contains(&ids[0]).expect("asked"), "no answer for bytes that are not there");
+        let listed = store.list(ChunkId::HOLE, ChunkId([255; 32]), 100).expect("listed");
+        assert!(!listed.contains(&ids[0]) && listed.len() == 19);
+        put(&store, 0..1).await;
+        store.sync().await.expect("synced");
+        assert!(store.get(ids[0]).await.expect("asked").is_some(), "{index:?}: sent again");
+        // Found, and not sent again before the restart.
+        assert!(store.get(ids[1]).await.expect("asked").is_none());
+        store.close();
+
+        let store = open();
+        assert!(store.get(ids[0]).await.expect("asked").is_some(), "{index:?}: the good copy");
+        // The footer of its segment still lists it: the first read tells.
+        assert!(store.get(ids[1]).await.expect("asked").is_none());
+        assert!(!store.contains(&ids[1]).expect("asked"));
+        put(&store, 1..2).await;
+        store.sync().await.expect("synced");
+        for id in &ids {
+            assert!(store.get(*id).await.expect("asked").is_some());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_rotten_named_record_is_taken_in_again_and_its_fence_stays() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = Store::open(dir.path(), config(IndexKind::Sled)).expect("opened");
+    let provenance = append(record(1)).provenance;
+    let name = Name { space: Space::Journal as u8, key: vec![5; 20], fence: 3 };
+    let entry = journal();
+    store.put_named(name.clone(), provenance, entry.clone()).await.expect("kept");
+    rot(dir.path(), &entry);
+    let find = || store.find_named(Space::Journal, &[5; 20]).expect("asked");
+    let found = find().expect("not read yet");
+    assert!(store.get_named(Space::Journal, &found).await.is_none());
+    assert!(store.get_named(Space::Journal, &found).await.is_none());
+    assert_eq!((find(), store.status().damaged), (None, 1));
+    let stale = Name { fence: 2, ..name.clone() };
+    let refused = store.put_named(stale, provenance, entry.clone()).await;
+    assert_eq!(refused, Err(StoreError::Fenced { seen: 3, given: 2 }));
+    store.put_named(name, provenance, entry).await.expect("kept again");
+    let found = find().expect("there again");
+    assert!(store.get_named(Space::Journal, &found).await.is_some());
 }
 
 #[tokio::test]

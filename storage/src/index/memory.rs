@@ -47,6 +47,16 @@ impl ChunkIndex for MemoryIndex {
         Ok(())
     }
 
+    fn remove(&self, id: &ChunkId, at: &Location) -> Result<bool, IndexError> {
+        let mut tables = self.lock();
+        if tables.chunks.get(id) != Some(at) {
+            return Ok(false);
+        }
+        tables.chunks.remove(id);
+        tables.places.remove(&(at.segment, at.offset));
+        Ok(true)
+    }
+
     fn cut(&self, segment: SegmentNumber, from: u64, to: u64) -> Result<(), IndexError> {
         if from >= to {
             return Ok(());

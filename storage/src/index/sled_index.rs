@@ -105,6 +105,18 @@ impl ChunkIndex for SledIndex {
         Ok(())
     }
 
+    fn remove(&self, id: &ChunkId, at: &Location) -> Result<bool, IndexError> {
+        if self.get(id)? != Some(*at) {
+            return Ok(false);
+        }
+        let mut batch = sled::Batch::default();
+        batch.remove(&chunk_key(id)[..]);
+        batch.remove(&place_key(at.segment, at.offset)[..]);
+        self.tree.apply_batch(batch)?;
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        Ok(true)
+    }
+
     fn cut(&self, segment: SegmentNumber, from: u64, to: u64) -> Result<(), IndexError> {
         if from >= to {
             return Ok(());

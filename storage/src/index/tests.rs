@@ -30,6 +30,10 @@ fn suite(index: &dyn ChunkIndex) {
     assert_eq!(index.get(&id(1)), Ok(Some(at(2, 300))));
     index.cut(SegmentNumber(1), 64, 65).expect("cut");
     assert_eq!(index.get(&id(3)), Ok(None), "an entry that begins in the range is cut");
+    assert_eq!(index.remove(&id(1), &at(1, 200)), Ok(false), "a copy elsewhere stays");
+    assert_eq!(index.remove(&id(2), &at(2, 64)), Ok(true));
+    assert_eq!((index.get(&id(2)), index.count()), (Ok(None), 1));
+    assert_eq!(index.remove(&id(2), &at(2, 64)), Ok(false), "once");
     index.forget(SegmentNumber(2)).expect("forgotten");
     assert_eq!(index.count(), 0);
     assert_eq!(index.through().expect("read"), [(SegmentNumber(1), 400)]);

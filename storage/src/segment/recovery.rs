@@ -1,8 +1,8 @@
 //! Opening the segments of a store after whatever ended the last process.
 //!
 //! Sealed segments are taken by their footers and never cut. Unsealed ones are scanned whole: damage below the watermark
-//! is reported, torn bytes above it are cut, the rest is synced (a killed process leaves bytes that are in memory only),
-//! and only then the tables are made to agree.
+//! is reported, torn bytes above it are cut, the rest is written once more and synced (see [`write_again`]), and only then
+//! the tables are made to agree.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -13,7 +13,7 @@ use outrider_format::ReadAt;
 use outrider_format::footer::{Footer, FooterLine};
 use outrider_format::scan::{Damage, Extent, Found, scan};
 use outrider_format::segment::{
-    self, HEADER_LEN, SegmentHeader, SegmentKind, SegmentNumber, node_hash,
+    self, ALIGNMENT, HEADER_LEN, SegmentHeader, SegmentKind, SegmentNumber, node_hash,
 };
 use outrider_format::watermark::{self, Watermarks};
 
@@ -21,6 +21,7 @@ use crate::error::OpenError;
 use crate::index::{ChunkIndex, IndexError, Location, WHOLE};
 use crate::named::NamedTable;
 
+use super::disk::DiskFile;
 use super::writer::{OpenSegment, SegmentPlace, seal};
 
 /// What recovery found.
@@ -69,15 +70,15 @@ pub fn recover(
     };
     let marks_path = place.dir.join(watermark::FILE_NAME);
     let marks = match std::fs::read(&marks_path) {
-        Ok(bytes) => Watermarks::decode(&bytes).unwrap_or_default(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Watermarks::default(),
+        Ok(bytes) => Watermarks::decode(&bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(read_error(&marks_path)(error)),
     };
     let mut through: BTreeMap<SegmentNumber, u64> =
         index.through().map_err(tables)?.into_iter().collect();
     let mut recovered = Recovered {
         open: BTreeMap::new(),
-        generation: marks.generation,
+        generation: marks.as_ref().map_or(0, |m| m.generation),
         next: SegmentNumber(1),
         report: Recovery::default(),
     };
@@ -91,12 +92,15 @@ pub fn recover(
             one.sealed(indexed)?;
             continue;
         }
-        let watermark = marks.lengths.get(&number).copied().unwrap_or(0);
-        if let Some((kind, open)) = one.unsealed(watermark)? {
+        let known = marks.as_ref().map(|m| m.lengths.get(&number).copied().unwrap_or(0));
+        if known.is_none() {
+            tracing::error!(path = %marks_path.display(), segment = %number, "the watermarks cannot be read: this segment counts as durable to its end, nothing of it is cut");
+        }
+        if let Some((kind, open)) = one.unsealed(known)? {
             // Only the newest of a kind goes on growing.
             if let Some(mut older) = recovered.open.insert(kind, open) {
                 let number = older.number;
-                seal(place, &mut older).map_err(read_error(&path))?;
+                seal(place, &mut older).map_err(|e| read_error(&path)(e.into()))?;
                 index.insert(&[], &[(number, WHOLE)]).map_err(tables)?;
                 recovered.report.sealed += 1;
             }
@@ -115,6 +119,26 @@ fn segments_in(dir: &Path) -> io::Result<BTreeSet<(SegmentNumber, bool)>> {
         found.extend(segment::parse_name(&entry?.path()));
     }
     Ok(found)
+}
+
+/// Bytes written again at once.
+const AGAIN: u64 = 1 << 20;
+
+/// Writes `from..to` of a file in place, as it is read. What the last process wrote and never synced, or failed to sync, is
+/// read from the system's memory, whether or not it is on the disk: after a failed write-back the system keeps the bytes
+/// but takes them for written, and a sync of a new process succeeds without them. Written once more they are to be
+/// written, and the sync that follows speaks of them.
+fn write_again(file: &File, writable: &mut dyn DiskFile, from: u64, to: u64) -> io::Result<()> {
+    let mut buffer = Vec::new();
+    let mut at = from;
+    while at < to {
+        let len = AGAIN.min(to - at);
+        buffer.resize(usize::try_from(len).unwrap_or(usize::MAX), 0);
+        file.read_exact_at(&mut buffer, at)?;
+        writable.write_at(at, &[&buffer])?;
+        at += len;
+    }
+    Ok(())
 }
 
 /// One segment on its way into the store.
@@ -161,13 +185,18 @@ impl One<'_> {
         }
     }
 
+    /// `known`: its watermark, 0 when the watermarks do not speak of it; `None` when they cannot be read.
     fn unsealed(
         &mut self,
-        watermark: u64,
+        known: Option<u64>,
     ) -> Result<Option<(SegmentKind, OpenSegment)>, OpenError> {
         let file = File::open(self.path).map_err(|e| self.failed(e))?;
         let len = file.metadata().map_err(|e| self.failed(e))?.len();
-        if len < HEADER_LEN && watermark == 0 {
+        // Without a watermark a bad record must not cost what was durable behind it: the scan goes on to the end, but for
+        // the odd bytes in which no record begins.
+        let watermark = known.unwrap_or(len - len % ALIGNMENT);
+        let synced = known.unwrap_or(0);
+        if len < HEADER_LEN && synced == 0 {
             // Killed while it was made: nothing was ever in it.
             std::fs::remove_file(self.path).map_err(|e| self.failed(e))?;
             self.index.forget(self.number).map_err(|e| self.tables(&e))?;
@@ -181,7 +210,9 @@ impl One<'_> {
             // Killed between footer and name.
             let disk = &self.place.disk;
             let name = segment::path(&self.place.dir, self.number, true);
-            disk.open(self.path).and_then(|mut f| f.sync()).map_err(|e| self.failed(e))?;
+            let mut writable = disk.open(self.path).map_err(|e| self.failed(e))?;
+            write_again(&file, &mut *writable, synced, len).map_err(|e| self.failed(e))?;
+            writable.sync().map_err(|e| self.failed(e))?;
             disk.rename(self.path, &name).map_err(|e| self.failed(e))?;
             let mut one = One {
                 place: self.place,
@@ -201,6 +232,7 @@ impl One<'_> {
             writable.set_len(end).map_err(|e| self.failed(e))?;
             self.report.cut_bytes += len - end;
         }
+        write_again(&file, &mut *writable, synced, end).map_err(|e| self.failed(e))?;
         writable.sync().map_err(|e| self.failed(e))?;
         let entries: Vec<_> =
             lines.iter().map(|l| (l.id, self.location(l.offset, l.len))).collect();

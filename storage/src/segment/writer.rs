@@ -49,6 +49,36 @@ pub struct OpenSegment {
     pub file: Box<dyn DiskFile>,
 }
 
+/// Why a record was not appended.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// The write itself found no space: the segments are as they were before.
+    #[error("no space: {0}")]
+    Full(io::Error),
+    /// Anything else. Lack of space that a *sync* reports belongs here, too: then the system has dropped bytes that it had
+    /// taken, says so once, and the next sync would succeed without them. The set must not be used any more.
+    #[error(transparent)]
+    Failed(#[from] io::Error),
+}
+
+impl AppendError {
+    /// What a failed write means, after what it left was cut off.
+    fn of_write(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full(error),
+            _ => Self::Failed(error),
+        }
+    }
+}
+
+impl From<AppendError> for io::Error {
+    fn from(error: AppendError) -> Self {
+        match error {
+            AppendError::Full(error) | AppendError::Failed(error) => error,
+        }
+    }
+}
+
 /// The unsealed segments of a store.
 pub struct SegmentSet {
     place: SegmentPlace,
@@ -87,13 +117,13 @@ impl SegmentSet {
     /// Appends a record to the segment of its kind. Not durable before [`SegmentSet::sync`].
     ///
     /// # Errors
-    /// The system's answer. On `StorageFull` the segment is as it was before.
+    /// [`AppendError`].
     pub fn append(
         &mut self,
         provenance: &Provenance,
         name: Option<&Name>,
         record: &Record,
-    ) -> io::Result<Location> {
+    ) -> Result<Location, AppendError> {
         const ZEROS: [u8; 8] = [0; 8];
         let kind = SegmentKind::of(record.header().kind);
         let head = encode_head(provenance, name, record);
@@ -115,7 +145,7 @@ impl SegmentSet {
         if let Err(error) = written {
             // Whatever part of it is there must not stand between two records.
             open.file.set_len(open.len)?;
-            return Err(error);
+            return Err(AppendError::of_write(error));
         }
         let len = u32::try_from(entry_len).unwrap_or(u32::MAX);
         let location = Location { segment: open.number, offset: open.len, len };
@@ -164,7 +194,7 @@ impl SegmentSet {
         self.marks_file.sync()
     }
 
-    fn create(&mut self, kind: SegmentKind) -> io::Result<OpenSegment> {
+    fn create(&mut self, kind: SegmentKind) -> Result<OpenSegment, AppendError> {
         let number = self.next;
         let path = segment::path(&self.place.dir, number, false);
         let header = SegmentHeader {
@@ -174,8 +204,9 @@ impl SegmentSet {
             number,
             created: self.place.incarnation,
         };
-        let mut file = self.place.disk.open(&path)?;
-        file.write_at(0, &[&header.encode()])?;
+        let mut file = self.place.disk.open(&path).map_err(AppendError::of_write)?;
+        // What a refused header leaves is written over by the next attempt: the number is used only by then.
+        file.write_at(0, &[&header.encode()]).map_err(AppendError::of_write)?;
         file.sync()?;
         self.place.disk.sync_dir(&self.place.dir)?;
         self.next = SegmentNumber(number.0 + 1);
@@ -183,7 +214,7 @@ impl SegmentSet {
     }
 
     /// Seals the segment of a kind: footer, sync, name. Its records are durable afterwards.
-    fn seal(&mut self, kind: SegmentKind) -> io::Result<()> {
+    fn seal(&mut self, kind: SegmentKind) -> Result<(), AppendError> {
         if let Some(open) = self.open.get_mut(&kind) {
             // A segment that could not be sealed stays: its records still have to be synced.
             seal(&self.place, open)?;
@@ -197,14 +228,14 @@ impl SegmentSet {
 /// Writes the footer of a segment and gives it its sealed name.
 ///
 /// # Errors
-/// The system's answer.
-pub fn seal(place: &SegmentPlace, open: &mut OpenSegment) -> io::Result<()> {
+/// [`AppendError`].
+pub fn seal(place: &SegmentPlace, open: &mut OpenSegment) -> Result<(), AppendError> {
     let footer = Footer::new(open.lines.clone(), open.len).encode();
     if let Err(error) = open.file.write_at(open.len, &[&footer]) {
         open.file.set_len(open.len)?;
-        return Err(error);
+        return Err(AppendError::of_write(error));
     }
     open.file.sync()?;
     let name = |sealed| segment::path(&place.dir, open.number, sealed);
-    place.disk.rename(&name(false), &name(true))
+    Ok(place.disk.rename(&name(false), &name(true))?)
 }

@@ -127,7 +127,7 @@ pub(super) async fn list(
     }
     for entry in node.store.list_named(space, prefix)? {
         // A damaged one is left out: another node has its copy.
-        let Some(record) = node.store.get_named(&entry).await else { continue };
+        let Some(record) = node.store.get_named(space, &entry).await else { continue };
         if access.same_domain(record.header()).is_err() {
             continue;
         }

@@ -2,7 +2,6 @@
 //! error of the disk.
 
 use std::collections::{HashMap, HashSet};
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -14,17 +13,25 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use crate::error::StoreError;
 use crate::index::Location;
 use crate::named::fence_key;
-use crate::segment::writer::SegmentSet;
+use crate::segment::writer::{AppendError, SegmentSet};
 
 use super::{Append, Shared};
 
 type Done = oneshot::Sender<Result<(), StoreError>>;
+
+/// What a record is found by.
+#[derive(Debug)]
+pub(super) enum FoundBy {
+    Id(ChunkId),
+    Name { space: u8, key: Vec<u8> },
+}
 
 /// What the thread is asked to do.
 pub(super) enum Command {
     Append { records: Vec<Append>, _permit: OwnedSemaphorePermit, done: Done },
     Named { name: Name, append: Append, done: Done },
     Sync { done: Done },
+    Damaged { found_by: FoundBy, at: Location, why: String, done: Done },
 }
 
 /// Bytes between two looks at the free space.
@@ -97,6 +104,10 @@ impl Committer {
                 Err(error) => drop(done.send(Err(error))),
             },
             Command::Sync { done } => self.waiters.push(done),
+            Command::Damaged { found_by, at, why, done } => {
+                // The reader may have gone: what it found is true all the same.
+                let _ = done.send(self.forget(&found_by, at, &why));
+            }
         }
     }
 
@@ -137,6 +148,25 @@ impl Committer {
         Ok(())
     }
 
+    /// A record whose bytes are damaged is known no longer, so that a good copy is taken in again: from whoever puts it, or
+    /// from another replica. This thread does it because only its own writes may come between the look and the removal.
+    /// The place is counted once: whoever finds it a second time finds it forgotten.
+    ///
+    /// A restart may bring the place back, since the footer of its segment lists it: its next reader has it forgotten again.
+    /// A good copy that was taken in meanwhile is in a later place, and later places win.
+    fn forget(&self, found_by: &FoundBy, at: Location, why: &str) -> Result<(), StoreError> {
+        let shared = &self.shared;
+        let known = match found_by {
+            FoundBy::Id(id) => shared.index.remove(id, &at),
+            FoundBy::Name { space, key } => shared.named.remove(*space, key, &at),
+        };
+        if known.map_err(|e| shared.tables(&e))? {
+            shared.damaged.fetch_add(1, Ordering::Relaxed);
+            tracing::error!(segment = %at.segment, offset = at.offset, why, ?found_by, "a durable record is damaged: this node no longer answers for it; another replica has to give its copy");
+        }
+        Ok(())
+    }
+
     fn write(&mut self, append: &Append, name: Option<&Name>) -> Result<Location, StoreError> {
         let node = || self.shared.config.node.clone();
         if let Some(why) = self.shared.failed.get() {
@@ -160,16 +190,11 @@ impl Committer {
                 self.shared.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
                 Ok(at)
             }
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-                ) =>
-            {
+            Err(AppendError::Full(_)) => {
                 self.shared.full.store(true, Ordering::Relaxed);
                 Err(StoreError::Full { node: self.shared.config.node.clone() })
             }
-            Err(error) => Err(self.fail(&format!("write: {error}"))),
+            Err(AppendError::Failed(error)) => Err(self.fail(&format!("write: {error}"))),
         }
     }
 

@@ -223,3 +223,22 @@ pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
+
+/// Rots the first byte of a record's payload in a store's folder, wherever it is.
+pub fn rot(dir: &Path, record: &Record) {
+    use std::io::{Seek, SeekFrom, Write};
+    let find = |bytes: &[u8]| bytes.windows(32).position(|w| w == record.id().0);
+    let payload = outrider_proto::record::HEADER_LEN - find(record.bytes()).expect("in the header");
+    for entry in std::fs::read_dir(dir.join("segments")).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        let bytes = std::fs::read(&path).expect("read");
+        // The footer has the id, too, but at the end.
+        if let Some(at) = find(&bytes).map(|at| at + payload) {
+            let mut file = std::fs::File::options().write(true).open(&path).expect("opened");
+            file.seek(SeekFrom::Start(at as u64)).expect("sought");
+            file.write_all(&[!bytes[at]]).expect("rotten");
+            return;
+        }
+    }
+    panic!("the record is nowhere");
+}
