@@ -11,7 +11,7 @@
 //! | [`modules`], [`initramfs`] | the guest's file system in memory, made by our own code |
 //! | [`image`] | disk images: ext4 without root, qcow2 and raw, compared by `qemu-img` |
 //! | [`machine`] | the command line of a VM |
-//! | [`process`] | a QEMU process that never outlives its owner |
+//! | [`process`], `keeper` | a QEMU process that never outlives its owner |
 //! | [`qmp`] | the cluster manager's monitor |
 //! | [`guest`] | steering a guest over its serial port |
 //! | [`network`] | hosts in network namespaces, which can be cut off |
@@ -24,6 +24,7 @@ pub mod guest;
 pub mod image;
 pub mod initramfs;
 pub mod install;
+mod keeper;
 pub mod machine;
 pub mod migrate;
 pub mod modules;

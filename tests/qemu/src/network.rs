@@ -6,37 +6,28 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Error, run};
+use crate::keeper::Keeper;
 
 /// A network namespace.
 #[derive(Debug)]
 struct Space {
-    keeper: Child,
+    keeper: Keeper,
 }
 
 impl Space {
     fn new() -> Result<Self, Error> {
         let fail = |source| Error::Start { command: "unshare".to_owned(), source };
-        let mut keeper = Command::new("unshare")
-            .args(["--net", "sh", "-c", "ip link set lo up && echo up && exec cat >/dev/null"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(fail)?;
-        let mut line = String::new();
-        if let Some(output) = keeper.stdout.take() {
-            BufReader::new(output).read_line(&mut line).map_err(fail)?;
-        }
-        // Dropped, and so ended, when it is of no use.
-        let space = Self { keeper };
-        if line.trim() == "up" {
-            return Ok(space);
+        let script = "ip link set lo up && echo up && exec cat >/dev/null";
+        let mut shell = Command::new("unshare");
+        let (keeper, line) =
+            Keeper::start(shell.args(["--net", "sh", "-c", script])).map_err(fail)?;
+        if line == "up" {
+            return Ok(Self { keeper });
         }
         Err(fail(std::io::Error::other("no network namespace could be made: not permitted here?")))
     }
@@ -52,14 +43,6 @@ impl Space {
         let mut command = Command::new(&inside[0]);
         command.args(&inside[1..]).arg("ip").args(arguments.split(' '));
         run(&mut command).map(drop)
-    }
-}
-
-impl Drop for Space {
-    fn drop(&mut self) {
-        // An error means that it ended by itself.
-        let _ = self.keeper.kill();
-        let _ = self.keeper.wait();
     }
 }
 

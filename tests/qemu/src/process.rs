@@ -1,18 +1,17 @@
 //! A QEMU process that never outlives its owner.
 
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use crate::error::Error;
+use crate::keeper::Keeper;
 use crate::wait::until;
 
-/// Starts its arguments, tells their process id, and kills them when its standard input closes: that happens also when
-/// the owner is killed. (A death signal to the child would follow the thread that started it, not the process.)
+/// Starts its arguments, tells their process id, and kills them when its standard input closes.
 const KEEPER: &str = r#"
 exec 3<&0
 "$@" 3<&- </dev/null >>"$OUTRIDER_VM_LOG" 2>&1 &
@@ -32,7 +31,7 @@ exit $code
 pub struct Process {
     pid: Pid,
     /// `None` for one that somebody else started.
-    keeper: Option<Child>,
+    keeper: Option<Keeper>,
 }
 
 impl Process {
@@ -43,20 +42,13 @@ impl Process {
     pub fn start(command_line: &[OsString], log: &Path) -> Result<Self, Error> {
         let text = || command_line.first().map_or_else(String::new, |c| c.display().to_string());
         let fail = |source| Error::Start { command: text(), source };
-        let mut keeper = Command::new("sh")
+        let mut shell = Command::new("sh");
+        shell
             .args(["-c", KEEPER, "outrider-keeper"])
             .args(command_line)
-            .env("OUTRIDER_VM_LOG", log)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(fail)?;
-        let mut line = String::new();
-        if let Some(output) = keeper.stdout.take() {
-            BufReader::new(output).read_line(&mut line).map_err(fail)?;
-        }
-        let pid = line.trim().parse().ok().and_then(Pid::from_raw);
+            .env("OUTRIDER_VM_LOG", log);
+        let (keeper, line) = Keeper::start(&mut shell).map_err(fail)?;
+        let pid = line.parse().ok().and_then(Pid::from_raw);
         let pid = pid.ok_or_else(|| fail(std::io::Error::other("it tells no process id")))?;
         Ok(Self { pid, keeper: Some(keeper) })
     }
@@ -76,7 +68,7 @@ impl Process {
     /// Whether it still runs.
     pub fn runs(&mut self) -> bool {
         match &mut self.keeper {
-            Some(keeper) => matches!(keeper.try_wait(), Ok(None)),
+            Some(keeper) => keeper.runs(),
             None => test_kill_process(self.pid).is_ok() && !is_zombie(self.pid),
         }
     }
@@ -87,8 +79,8 @@ impl Process {
             // An error means that it ended by itself.
             let _ = kill_process(self.pid, Signal::KILL);
         }
-        if let Some(mut keeper) = self.keeper.take() {
-            let _ = keeper.wait();
+        if let Some(keeper) = self.keeper.take() {
+            keeper.wait();
         }
     }
 
@@ -143,7 +135,7 @@ mod tests {
         // As if the owner were gone: nobody holds the keeper's input any more.
         let mut second = sleeper(dir.path());
         let mut watched = Process::adopt(second.pid());
-        drop(second.keeper.as_mut().and_then(|k| k.stdin.take()));
+        second.keeper.as_mut().expect("it has one").abandon();
         watched.ended("sleeper", Duration::from_secs(10)).await.expect("killed by its keeper");
     }
 }
