@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use outrider_proto::rpc::BackupKind;
 use outrider_qemulab::Shape;
+use outrider_qemulab::migrate::Abandoned;
 use outrider_tests::fabric::MIB;
 use outrider_tests::real::{RealFabric, installation};
 use outrider_tests::{Plan, eventually};
@@ -103,4 +104,110 @@ async fn a_host_that_is_cut_off_in_a_backup_and_joined_again_finishes_it() {
     let (next, truth) = fabric.backed_up_at_rest("islander", BackupKind::Incremental).await;
     assert_eq!(next.kind(), BackupKind::Incremental, "no fall-back: {next:?}");
     fabric.assert_restores_exactly(&next, &truth, "beta").await;
+}
+
+/// The VM's QEMU holds nothing of a checkpoint any more: it has given way to a migration.
+async fn gave_way(fabric: &mut RealFabric, vm: &str) {
+    eventually("the checkpoint gives way", async || {
+        let left = fabric.cluster.leftovers(vm, "").await.map_err(|e| e.to_string())?;
+        let gone = left.iter().all(|line| line.starts_with("bitmap"));
+        if gone { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+}
+
+/// Nothing of ours is in the process that a migration did not reach, and it does not run. (A bitmap may have arrived; it
+/// ends with the process.)
+fn assert_abandoned(target: &Abandoned) {
+    assert_eq!(target.state, "inmigrate", "one running copy: {target:?}");
+    assert!(target.left.iter().all(|line| line.starts_with("bitmap")), "{target:?}");
+}
+
+/// The job is over on `host`, its point good; the next backup is exact, and so is one after a migration that succeeds.
+async fn assert_all_is_well(fabric: &mut RealFabric, vm: &str, job: &str, before: u64) {
+    let job = fabric.operator.done(job).await;
+    assert_eq!(job.host, "alpha", "{job:?}");
+    println!("{:?} {:?}", job.attempts, job.stats);
+    fabric.cluster.vm(vm).expect("it runs").guest.stop().await.expect("it stops");
+    assert_eq!(fabric.operator.points(vm).await.len(), 1, "one job, one point");
+    assert_has_everything(fabric, &job.point_id, vm, "beta", before).await;
+    fabric.assert_clean(vm).await;
+    let guest = &mut fabric.cluster.vm(vm).expect("it runs").guest;
+    guest.write(3, MIB).await.expect("it writes");
+    let (next, truth) = fabric.backed_up_at_rest(vm, BackupKind::Incremental).await;
+    println!("the next one: {:?} {:?}", next.kind(), next.reasons);
+    fabric.assert_restores_exactly(&next, &truth, "beta").await;
+
+    fabric.cluster.migrate(vm, "beta").await.expect("it moves");
+    fabric.known(vm, "beta").await;
+    let guest = &mut fabric.cluster.vm(vm).expect("it runs").guest;
+    guest.write(4, MIB).await.expect("it writes");
+    let (next, truth) = fabric.backed_up_at_rest(vm, BackupKind::Incremental).await;
+    assert_eq!(next.kind(), BackupKind::Incremental, "no fall-back: {next:?}");
+    fabric.assert_restores_exactly(&next, &truth, "alpha").await;
+    fabric.assert_clean(vm).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_that_breaks_in_a_migration_in_a_backup_costs_neither_the_vm_nor_the_point() {
+    let Some(installation) = installation() else { return };
+    let mut fabric = RealFabric::start_apart(Plan::default(), &installation, SLOW).await;
+    if fabric.cluster.network().is_none() {
+        println!("SKIPPED: there is no link to break");
+        return;
+    }
+    fabric.vm("castaway", "alpha", Shape::Blockdev).await;
+    let guest = &mut fabric.cluster.vm("castaway").expect("it runs").guest;
+    guest.write(1, 16 * MIB).await.expect("it writes");
+    guest.write_at(2, MIB / 4).await.expect("it writes");
+    let before = guest.commits_beyond(guest.last_committed()).await.expect("it commits");
+
+    let job = fabric.in_the_middle("castaway", BackupKind::Full).await;
+    let migration = fabric.cluster.begin_migration("castaway", "beta").await.expect("it begins");
+    gave_way(&mut fabric, "castaway").await;
+    let network = fabric.cluster.network().expect("a network");
+    network.part(&["alpha", "beta"], true).expect("parted");
+    // Neither QEMU hears of it: the migration hangs, and the guest goes on.
+    let status = fabric.cluster.hurry(&migration).await.expect("asked");
+    let guest = &fabric.cluster.vm("castaway").expect("it runs").guest;
+    guest.commits_beyond(guest.last_committed()).await.expect("it goes on");
+    assert_eq!(status, "active");
+    let now = fabric.operator.job(&job.job_id).await.expect("known");
+    assert_eq!((now.ended_unix_ms, now.point_id.as_str()), (0, ""), "it waits: {now:?}");
+
+    let target = fabric.cluster.cancel(migration).await.expect("it is cancelled");
+    assert_abandoned(&target);
+    let network = fabric.cluster.network().expect("a network");
+    network.part(&["alpha", "beta"], false).expect("joined");
+    assert_all_is_well(&mut fabric, "castaway", &job.job_id, before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_whose_last_bytes_were_lost_in_a_migration_in_a_backup_goes_on_at_the_source() {
+    let Some(installation) = installation() else { return };
+    let mut fabric = RealFabric::start_apart(Plan::default(), &installation, SLOW).await;
+    if fabric.cluster.network().is_none() {
+        println!("SKIPPED: there is no link to break");
+        return;
+    }
+    fabric.vm("limbo", "alpha", Shape::Blockdev).await;
+    let guest = &mut fabric.cluster.vm("limbo").expect("it runs").guest;
+    guest.write(1, 16 * MIB).await.expect("it writes");
+    guest.write_at(2, MIB / 4).await.expect("it writes");
+    let before = guest.commits_beyond(guest.last_committed()).await.expect("it commits");
+
+    let job = fabric.in_the_middle("limbo", BackupKind::Full).await;
+    let migration = fabric.cluster.begin_to_the_brink("limbo", "beta").await.expect("it begins");
+    gave_way(&mut fabric, "limbo").await;
+    let network = fabric.cluster.network().expect("a network");
+    network.part(&["alpha", "beta"], true).expect("parted");
+    // The source has left; nobody has the VM, and nobody may say so of a host.
+    let target = fabric.cluster.hand_over(migration).await.expect("it is handed over");
+    assert_abandoned(&target);
+    let network = fabric.cluster.network().expect("a network");
+    network.part(&["alpha", "beta"], false).expect("joined");
+    fabric.cluster.resume("limbo").await.expect("it goes on");
+    let guest = &fabric.cluster.vm("limbo").expect("it runs").guest;
+    guest.commits_beyond(before).await.expect("it goes on");
+    assert_all_is_well(&mut fabric, "limbo", &job.job_id, before).await;
 }

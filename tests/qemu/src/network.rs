@@ -122,6 +122,21 @@ impl Network {
         let state = if cut { "down" } else { "up" };
         self.switch.ip(&format!("link set port{} {state}", address.octets()[3]))
     }
+
+    /// Parts hosts from each other, or joins them again. Each still reaches everybody else; what they send each other is
+    /// lost without a word, as on a link that broke.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`], or of `ip`.
+    pub fn part(&self, hosts: &[&str], apart: bool) -> Result<(), Error> {
+        let state = if apart { "on" } else { "off" };
+        for host in hosts {
+            let IpAddr::V4(address) = self.address(host)? else { continue };
+            let port = address.octets()[3];
+            self.switch.ip(&format!("link set port{port} type bridge_slave isolated {state}"))?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -150,6 +165,10 @@ mod tests {
         network.cut("b", true).expect("cut");
         assert!(!reaches(&network, "a", b) && !reaches(&network, "b", network.outside));
         network.cut("b", false).expect("joined");
+        assert!(reaches(&network, "a", b));
+        network.part(&["a", "b"], true).expect("parted");
+        assert!(!reaches(&network, "a", b) && reaches(&network, "b", network.outside));
+        network.part(&["a", "b"], false).expect("joined");
         assert!(reaches(&network, "a", b));
         let links = || run(Command::new("ip").args(["-brief", "link"])).expect("listed");
         let ours = format!("or{:x}x", std::process::id());
