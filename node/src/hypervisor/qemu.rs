@@ -391,7 +391,7 @@ impl Hypervisor for Qemu {
         let machine = self.machine(vm)?;
         self.end(&machine, checkpoint.id).await?;
         let removed = self.checkpoints_of().remove_bitmap(&machine, checkpoint.id).await;
-        Ok(removed.map_err(QemuError::from)?)
+        Ok(removed?)
     }
 
     async fn destroy_reference_point(
@@ -404,7 +404,7 @@ impl Hypervisor for Qemu {
         let Ok(id) = point.id.parse::<CheckpointId>() else { return Ok(()) };
         let machine = self.machine(vm)?;
         let removed = self.checkpoints_of().remove_bitmap(&machine, id).await;
-        Ok(removed.map_err(QemuError::from)?)
+        Ok(removed?)
     }
 
     async fn storage_roots(&self) -> Result<Vec<(PathBuf, u64)>, HypervisorError> {

@@ -31,11 +31,15 @@ impl Installation {
     /// # Errors
     /// [`Error::Missing`] with the one thing to install.
     pub fn find(kernel: Option<&Path>) -> Result<Self, Error> {
-        let qemu = program("qemu-system-x86_64").ok_or_else(|| Error::Missing {
+        // Another one than this machine's, for tests with several versions.
+        let named = std::env::var_os("OUTRIDER_QEMU").map(PathBuf::from);
+        let qemu = named.or_else(|| program("qemu-system-x86_64")).ok_or_else(|| {
+            Error::Missing {
             what: "QEMU".to_owned(),
             remedy:
                 "install it, on Debian or Ubuntu with: apt-get install qemu-system-x86 qemu-utils"
                     .to_owned(),
+        }
         })?;
         for (tool, package) in [("qemu-img", "qemu-utils"), ("mke2fs", "e2fsprogs")] {
             program(tool).ok_or_else(|| Error::Missing {

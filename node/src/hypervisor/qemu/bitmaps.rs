@@ -130,7 +130,7 @@ impl Checkpoints {
     }
 
     /// Removes the copies that an interrupted reading left.
-    pub(super) async fn remove_copies(&self, machine: &Machine) -> Result<(), QmpError> {
+    pub(super) async fn remove_copies(&self, machine: &Machine) -> Result<(), QemuError> {
         let copy = |name: &str| matches!(self.bitmaps.parse(name), Some(Ours::Changes(_)));
         self.remove_bitmaps(machine, &copy).await
     }

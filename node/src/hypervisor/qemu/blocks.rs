@@ -34,6 +34,9 @@ pub(super) struct Disk {
     /// Whether bitmaps are kept in the image.
     pub(super) persistent: bool,
     pub(super) bitmaps: Vec<Bitmap>,
+    /// Whether this QEMU holds the image. It does not where a VM has arrived by a migration and was not let go on yet (from
+    /// 10.0 on, which tells; older ones tell nothing).
+    pub(super) active: bool,
     pub(super) uncapturable: Option<&'static str>,
 }
 
@@ -109,6 +112,7 @@ fn one(device: &Value, node: &Value, root: String, base: String) -> Disk {
         cluster: image["cluster-size"].as_u64().and_then(|c| u32::try_from(c).ok()),
         persistent: format == "qcow2" && compat != "0.10",
         bitmaps: bitmaps(node),
+        active: node["active"].as_bool() != Some(false),
         uncapturable: None,
         format,
     };

@@ -157,7 +157,7 @@ impl Checkpoints {
                 // It was not frozen all the time: the checkpoint is not what was asked for.
                 let _one = machine.graph.lock().await;
                 self.take_down(machine, checkpoint.id).await.map_err(QemuError::from)?;
-                self.remove_bitmap(machine, checkpoint.id).await.map_err(QemuError::from)?;
+                self.remove_bitmap(machine, checkpoint.id).await?;
                 Err(e.into())
             }
             (made, _) => made,
@@ -195,13 +195,14 @@ impl Checkpoints {
         let disks = machine.disks().await.map_err(QemuError::from)?;
         let (captured, left_out): (Vec<Disk>, Vec<Disk>) =
             disks.into_iter().partition(|d| d.uncapturable.is_none());
+        Self::check_active(machine, &captured)?;
         if captured.is_empty() && !left_out.is_empty() {
             let reason = left_out[0].uncapturable.unwrap_or_default().to_owned();
             return Err(QemuError::NoDisk { vm: machine.name.clone(), reason }.into());
         }
         // What an attempt left half-made is not in our way.
         self.remove_half_made(machine, &[]).await.map_err(QemuError::from)?;
-        self.remove_copies(machine).await.map_err(QemuError::from)?;
+        self.remove_copies(machine).await?;
         lease.may_mutate()?;
         let id = CheckpointId::random();
         machine.set_has_checkpoint(true);
@@ -222,6 +223,20 @@ impl Checkpoints {
         let disks = captured.into_iter().enumerate().map(|(index, disk)| OpenDisk { index, disk });
         let open = Open { id, name: name.to_owned(), disks: disks.collect() };
         Ok(open.handle(machine))
+    }
+
+    /// QEMU refuses most changes of a disk that it does not hold, and ends at some.
+    fn check_active(machine: &Machine, disks: &[Disk]) -> Result<(), QemuError> {
+        match disks.iter().find(|d| !d.active) {
+            Some(disk) => {
+                let what = format!(
+                    "its disk {:?} is inactive, as after a migration until the VM is let go on (cont)",
+                    disk.slot
+                );
+                Err(Self::busy(machine, &what))
+            }
+            None => Ok(()),
+        }
     }
 
     fn busy(machine: &Machine, what: &str) -> QemuError {
@@ -440,7 +455,7 @@ impl Checkpoints {
         &self,
         machine: &Machine,
         id: CheckpointId,
-    ) -> Result<(), QmpError> {
+    ) -> Result<(), QemuError> {
         self.remove_bitmaps(machine, &|name| name == self.bitmaps.since(id)).await
     }
 
@@ -448,9 +463,10 @@ impl Checkpoints {
         &self,
         machine: &Machine,
         wanted: &(dyn Fn(&str) -> bool + Sync),
-    ) -> Result<(), QmpError> {
+    ) -> Result<(), QemuError> {
         for disk in machine.disks().await? {
             for bitmap in disk.bitmaps.iter().filter(|b| wanted(&b.name)) {
+                Self::check_active(machine, std::slice::from_ref(&disk))?;
                 let named = json!({ "node": disk.base, "name": bitmap.name });
                 machine.qmp.execute("block-dirty-bitmap-remove", named).await?;
             }
@@ -505,7 +521,7 @@ impl Checkpoints {
             let whole: Vec<CheckpointId> = open.iter().map(|o| o.id).collect();
             let removed = self.remove_half_made(machine, &whole).await?;
             self.remove_copies(machine).await?;
-            Ok::<_, QmpError>((open, removed))
+            Ok::<_, QemuError>((open, removed))
         };
         match stock.await {
             Ok((open, removed)) => {

@@ -166,6 +166,8 @@ impl Machine {
         let disks = self.disks().await?;
         let version = self.qmp.version();
         let too_old = version < super::OLDEST;
+        // Until it is let go on, it may as well go on at the source.
+        let holds_disks = disks.iter().all(|d| d.active);
         let disks = disks.into_iter().map(|d| DiskSeen {
             disk_id: Some(d.id(self.vm)),
             size: d.size,
@@ -179,7 +181,7 @@ impl Machine {
             name: self.name.clone(),
             power: power(&state),
             replica: ReplicaRole::None,
-            realized: is_realized(&state),
+            realized: is_realized(&state) && holds_disks,
             clustered: false,
             cluster_owner: None,
             generation: 0,

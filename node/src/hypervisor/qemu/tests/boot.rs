@@ -8,7 +8,7 @@ use outrider_proto::ids::{FabricId, VmGuid};
 use serde_json::json;
 
 use super::super::Qemu;
-use super::real::{DEADLINE, Host, MIB, lease, qemu_is_missing};
+use super::real::{DEADLINE, Host, MIB, lease, qemu, qemu_is_missing};
 use crate::hypervisor::{BootCheck, Booting, Hypervisor, Networks, NewVm, Sign};
 
 /// Writes a text that ends with a zero to the first serial port, and halts.
@@ -61,7 +61,7 @@ impl Restored {
             format!("socket,id={id},path={},server=on,wait=off", folder.join(name).display())
         };
         let mut argv: Vec<String> =
-            ["qemu-system-x86_64", "-name", "old", "-machine", "q35,accel=tcg,graphics=off"]
+            [&*qemu().to_string_lossy(), "-name", "old", "-machine", "q35,accel=tcg,graphics=off"]
                 .map(str::to_owned)
                 .to_vec();
         let node = json!({ "driver": "raw", "node-name": "d0", "file": { "driver": "file", "filename": "/old.raw" } });

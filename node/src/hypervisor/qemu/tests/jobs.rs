@@ -190,13 +190,16 @@ async fn a_backup_that_a_migration_interrupts_goes_on_from_what_is_stored_and_is
     source.write(0, 0xa2, 4 * LEAF, 2 * MIB).await;
     source.ask("migrate-set-parameters", json!({ "max-bandwidth": 1_000_000_000 })).await;
     until("it has arrived", || async {
-        let vms = there.inventory().await.expect("listed").vms;
-        vms[0].realized.then_some(())
+        let status = target.ask("query-status", serde_json::Value::Null).await;
+        (status["status"] != "inmigrate").then_some(())
     })
     .await;
     first.moved().await;
     let (_, sent_before, _) = world.store.puts();
-    world.ends_well(world.attempt(&there, job, point, 2)).await;
+    let second = world.attempt(&there, job, point, 2);
+    // It was started to stand still. From QEMU 10.0 on it does not hold its disks before it is let go on: the job waits.
+    target.ask("cont", serde_json::Value::Null).await;
+    world.ends_well(second).await;
     let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
     let stats = commit.stats.expect("figures");
     assert!(stats.adopted_pages >= 1, "{stats:?}");

@@ -1,5 +1,6 @@
 //! Real QEMU processes, without a guest.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -26,9 +27,14 @@ pub(super) const NAME: &str = "Outrider 0b7f-job 1 4";
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
+/// The emulator; `OUTRIDER_QEMU` names another one than that of this machine.
+pub(super) fn qemu() -> OsString {
+    std::env::var_os("OUTRIDER_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into())
+}
+
 /// Whether QEMU is there; without it a test says so and passes, except in CI.
 pub(super) fn qemu_is_missing() -> bool {
-    let there = Command::new("qemu-system-x86_64").arg("--version").output().is_ok();
+    let there = Command::new(qemu()).arg("--version").output().is_ok();
     assert!(there || std::env::var_os("OUTRIDER_CI").is_none(), "qemu-system-x86_64 is missing");
     if !there {
         eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
@@ -52,7 +58,7 @@ pub(super) fn lease() -> Lease {
 /// A host: a folder of sockets and an agent's view of it.
 pub(super) struct Host {
     pub(super) folder: PathBuf,
-    fabric: FabricId,
+    pub(super) fabric: FabricId,
 }
 
 impl Host {
@@ -102,7 +108,7 @@ impl Vm {
     /// Starts with these images, in this order (qcow2 by extension, else raw).
     pub(super) async fn start(host: &Host, guid: VmGuid, images: &[&Path], more: &[&str]) -> Self {
         let control = host.folder.join("web.control");
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(qemu());
         command.args(["-name", "web", "-machine", "q35,accel=tcg", "-m", "64"]);
         command.args(["-display", "none", "-nodefaults", "-S", "-uuid", &guid.to_string()]);
         for (id, path) in [("outrider", host.folder.join("web.qmp")), ("control", control.clone())]
@@ -395,6 +401,13 @@ async fn a_checkpoint_gives_way_to_a_migration_and_its_bitmap_travels() {
         assert_eq!(refused.retry(), Retry::Later, "{refused}");
         source.write(0, 2, 4 * MIB, 4096).await;
         source.ask("migrate-set-parameters", json!({ "max-bandwidth": 1_000_000_000 })).await;
+        // It was started to stand still. From QEMU 10.0 on it does not hold its disks before it is let go on.
+        until("it has arrived", || async {
+            let status = target.ask("query-status", Value::Null).await;
+            (status["status"] != "inmigrate").then_some(())
+        })
+        .await;
+        target.ask("cont", Value::Null).await;
         let arrived = async {
             loop {
                 match changes.recv().await {

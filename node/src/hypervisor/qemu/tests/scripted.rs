@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use outrider_process::tasks::TaskGroup;
-use outrider_proto::ids::{FabricId, VmGuid};
+use outrider_proto::ids::{CheckpointId, FabricId, VmGuid};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::super::Qemu;
+use super::super::names::Bitmaps;
 use super::super::qmp::{Qmp, QmpError};
 use super::real::{Host, NAME, lease, until};
 use crate::hypervisor::{CheckpointRequest, Hypervisor, HypervisorError, Retry};
@@ -28,6 +29,10 @@ struct Peer {
     /// The socket closes at this command.
     closes_at: Option<&'static str>,
     iothreads: bool,
+    /// It does not hold its disk (yet).
+    inactive: bool,
+    /// On its disk.
+    bitmap: Option<String>,
     /// This command is refused with this text.
     refuses: Option<(&'static str, &'static str)>,
     told: Told,
@@ -40,6 +45,8 @@ impl Peer {
             version,
             closes_at: None,
             iothreads: false,
+            inactive: false,
+            bitmap: None,
             refuses: None,
             told: Told::default(),
         }
@@ -84,8 +91,11 @@ impl Peer {
     }
 
     fn answer(&self, command: &str) -> Value {
+        let bitmaps: Vec<Value> =
+            self.bitmap.iter().map(|name| json!({ "name": name, "recording": true })).collect();
         let node = json!({
             "node-name": "d0", "drv": "qcow2", "ro": false, "file": "/srv/a.qcow2",
+            "active": !self.inactive, "dirty-bitmaps": bitmaps,
             "image": { "virtual-size": 1 << 20, "format-specific": { "data": { "compat": "1.1" } } },
         });
         match command {
@@ -387,4 +397,25 @@ async fn a_disk_that_takes_no_bitmap_is_captured_all_the_same() {
     assert!(peer.was_told("block-dirty-bitmap-add") && peer.was_told("block-export-add"));
     // Nothing records since it, so whoever asks for a base finds none and reads in full.
     assert!(agent.reference_points(peer.guid).await.expect("listed").is_empty());
+}
+
+#[tokio::test]
+async fn a_vm_that_arrived_and_was_not_let_go_on_is_not_here_yet_and_its_disks_are_not_touched() {
+    let world = World::new();
+    let bitmap = Bitmaps::of(world.host.fabric).since(CheckpointId::random());
+    let peer = Peer { inactive: true, bitmap: Some(bitmap), ..Peer::new((10, 0)) };
+    let agent = world.with(&peer, None).await;
+    let vm = agent.inventory().await.expect("listed").vms.remove(0);
+    assert!(!vm.realized && vm.disks[0].uncapturable.is_none(), "{vm:?}");
+    let refused = agent.create_checkpoint(&lease(), peer.guid, NAME, PLAIN).await;
+    let refused = refused.expect_err("not now");
+    assert_eq!(refused.retry(), Retry::Later, "{refused}");
+    assert!(refused.to_string().contains("inactive"), "{refused}");
+    // QEMU may end when such a disk is written to, and the bitmap is kept in it.
+    let point = agent.reference_points(peer.guid).await.expect("listed").remove(0);
+    let refused = agent.destroy_reference_point(&lease(), peer.guid, &point).await;
+    assert_eq!(refused.expect_err("not now").retry(), Retry::Later);
+    for never in ["nbd-server-start", "blockdev-add", "block-dirty-bitmap-remove"] {
+        assert!(!peer.was_told(never), "{never}");
+    }
 }
