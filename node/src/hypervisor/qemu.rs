@@ -6,6 +6,7 @@
 //! | `fleet`, `machine` | the QEMU processes of this host, what they are and what happens to them |
 //! | `blocks`, `names` | what QEMU's answers say of disks; the names of what we make (pure) |
 //! | `checkpoint`, `scratch`, `server` | a moment of all disks: filters, scratch files, exports |
+//! | `build`, `removal`, `upkeep` | putting one in, taking it out, and what happens to it meanwhile |
 //! | `bitmaps` | dirty bitmaps as reference points |
 //! | `traces` | what backups left, whoever made them |
 //! | `held` | guests that we hold still, and letting them go for certain |
@@ -16,6 +17,7 @@
 mod bitmaps;
 mod blocks;
 mod boot;
+mod build;
 mod checkpoint;
 mod console;
 mod definition;
@@ -31,6 +33,7 @@ mod network;
 mod new_disk;
 mod process;
 mod qmp;
+mod removal;
 mod restored;
 mod scratch;
 mod screen;
@@ -38,6 +41,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 mod traces;
+mod upkeep;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -8,6 +8,7 @@ use outrider_disk::RangeSet;
 use outrider_proto::ids::CheckpointId;
 use serde_json::json;
 
+use super::blocks::Disk;
 use super::checkpoint::{Checkpoints, Open, OpenDisk};
 use super::error::QemuError;
 use super::frozen::extents;
@@ -18,10 +19,30 @@ use super::qmp::QmpError;
 use super::server;
 use crate::hypervisor::{HypervisorError, ReferencePoint};
 
-/// Granularity of a copy, as of its original.
+/// Granularity of our bitmaps, bytes; of a copy the same.
 const GRANULARITY: u64 = 64 << 10;
 
 impl Checkpoints {
+    /// A disk that cannot have a bitmap is captured all the same; the next run reads it in full.
+    pub(super) async fn add_bitmap(
+        &self,
+        machine: &Machine,
+        disk: &Disk,
+        id: CheckpointId,
+    ) -> Result<(), QemuError> {
+        let bitmap = json!({
+            "node": disk.base, "name": self.bitmaps.since(id), "granularity": GRANULARITY, "persistent": disk.persistent,
+        });
+        match machine.qmp.execute("block-dirty-bitmap-add", bitmap).await {
+            Ok(_) => Ok(()),
+            Err(e) if e.is_refusal() => {
+                tracing::warn!(vm = machine.name, slot = disk.slot, error = %e, "no change tracking for this disk");
+                Ok(())
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// The reference points of a VM: bitmaps of ours whose checkpoint is not open any more.
     pub(super) async fn points(&self, machine: &Machine) -> Result<Vec<ReferencePoint>, QmpError> {
         let open: Vec<CheckpointId> = self.list(machine).await?.into_iter().map(|o| o.id).collect();
@@ -127,6 +148,30 @@ impl Checkpoints {
 
     async fn export_gone(&self, machine: &Machine, id: &str) -> Result<(), QmpError> {
         self.exports_gone(machine, &[id.to_owned()]).await
+    }
+
+    /// Removes the bitmap that began with a checkpoint, wherever it is.
+    pub(super) async fn remove_bitmap(
+        &self,
+        machine: &Machine,
+        id: CheckpointId,
+    ) -> Result<(), QemuError> {
+        self.remove_bitmaps(machine, &|name| name == self.bitmaps.since(id)).await
+    }
+
+    pub(super) async fn remove_bitmaps(
+        &self,
+        machine: &Machine,
+        wanted: &(dyn Fn(&str) -> bool + Sync),
+    ) -> Result<(), QemuError> {
+        for disk in machine.disks().await? {
+            for bitmap in disk.bitmaps.iter().filter(|b| wanted(&b.name)) {
+                Self::check_active(machine, std::slice::from_ref(&disk))?;
+                let named = json!({ "node": disk.base, "name": bitmap.name });
+                machine.qmp.execute("block-dirty-bitmap-remove", named).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the copies that an interrupted reading left.

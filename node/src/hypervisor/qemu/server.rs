@@ -7,7 +7,6 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::checkpoint::ids;
 use super::error::QemuError;
 use super::machine::Machine;
 use super::qmp::QmpError;
@@ -61,7 +60,7 @@ pub(super) async fn stop_if_idle(machine: &Machine) -> Result<(), QmpError> {
         return Ok(());
     }
     let exports = machine.qmp.execute("query-block-exports", Value::Null).await?;
-    if ids(&exports).is_empty() {
+    if export_ids(&exports).is_empty() {
         match machine.qmp.execute("nbd-server-stop", Value::Null).await {
             Ok(_) => {}
             Err(e) if e.is_refusal() => tracing::debug!(error = %e, "no NBD server to stop"),
@@ -78,4 +77,10 @@ fn remove(path: &std::path::Path) {
     {
         tracing::warn!(path = %path.display(), error = %e, "a socket of ours stays behind");
     }
+}
+
+/// The ids of an answer to `query-block-exports`.
+pub(super) fn export_ids(exports: &Value) -> Vec<String> {
+    let all = exports.as_array().into_iter().flatten();
+    all.filter_map(|e| e["id"].as_str().map(str::to_owned)).collect()
 }

@@ -6,10 +6,11 @@ use outrider_proto::ids::CheckpointId;
 use serde_json::Value;
 
 use super::blocks::{Disk, is_filter};
-use super::checkpoint::{self, Checkpoints};
+use super::checkpoint::Checkpoints;
 use super::machine::Machine;
 use super::names;
 use super::qmp::QmpError;
+use super::server::export_ids;
 use crate::hypervisor::ReplicaRole;
 use crate::hypervisor::traces::{
     CheckpointKind, FoundChain, FoundCheckpoint, FoundPoint, VmTraces,
@@ -21,7 +22,7 @@ impl Checkpoints {
         let exports = machine.qmp.execute("query-block-exports", Value::Null).await?;
         let disks = machine.disks().await?;
         let mut found = VmTraces::of(machine.vm, &machine.name, ReplicaRole::None);
-        found.checkpoints = exported(&checkpoint::ids(&exports));
+        found.checkpoints = exported(&export_ids(&exports));
         let open: BTreeSet<&str> = found.checkpoints.iter().map(|c| c.id.as_str()).collect();
         let mut points: Vec<FoundPoint> = Vec::new();
         for bitmap in disks.iter().flat_map(|d| &d.bitmaps) {

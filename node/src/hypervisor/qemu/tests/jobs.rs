@@ -1,13 +1,16 @@
 //! Whole jobs on real QEMU processes, with storage and coordinator in memory.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use outrider_process::clock::{Clock, SystemClock};
 use outrider_proto::ids::{FabricId, JobId, LeaseEpoch, PointId, VmGuid, VmKey, VmRole};
-use outrider_proto::rpc::{BackupKind, BackupWork, Consistency, JobLease, job_lease::Work};
+use outrider_proto::manifest::Manifest;
+use outrider_proto::rpc::{
+    BackupKind, BackupWork, CommitRequest, Consistency, JobLease, job_lease::Work,
+};
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -27,8 +30,10 @@ use crate::source::Sources;
 const CHUNK: u32 = 64 << 10;
 const LEAF: u64 = 128 * CHUNK as u64;
 
+/// A fabric in memory, hosts in a folder, and one VM.
 struct World {
     folder: tempfile::TempDir,
+    fabric: FabricId,
     store: MemoryStore,
     coordinator: MemoryCoordinator,
     guid: VmGuid,
@@ -55,11 +60,66 @@ impl World {
     fn new() -> Self {
         Self {
             folder: tempfile::tempdir().expect("a folder"),
+            fabric: FabricId::random(),
             store: MemoryStore::new(),
             coordinator: MemoryCoordinator::new(),
             guid: VmGuid::random(),
             vm_wait: JobTimes::default().vm_wait,
         }
+    }
+
+    fn host(&self, name: &str) -> Host {
+        Host::new(&self.path(name), self.fabric)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// An image with content that no two chunks share.
+    fn image(&self, size: u64) -> PathBuf {
+        let (raw, path) = (self.path("content"), self.path("a.qcow2"));
+        let mut content = vec![0; usize::try_from(size).expect("small")];
+        blake3::Hasher::new().update(b"content").finalize_xof().fill(&mut content);
+        std::fs::write(&raw, content).expect("written");
+        convert(("raw", &raw), ("qcow2", &path));
+        std::fs::remove_file(&raw).expect("removed");
+        path
+    }
+
+    /// Starts the VM, and waits until the agent sees it.
+    async fn start(&self, host: &Host, agent: &Arc<Qemu>, image: &Path) -> Vm {
+        let vm = Vm::start(host, self.guid, &[image], &[]).await;
+        until("it is seen", || async { agent.fleet.find(self.guid) }).await;
+        vm
+    }
+
+    /// A whole backup: the job, and what it committed.
+    async fn backed_up(&self, agent: &Arc<Qemu>, epoch: u64) -> (JobId, CommitRequest) {
+        let (job, point) = (JobId::random(), PointId::random());
+        self.ends_well(self.attempt(agent, job, point, epoch)).await;
+        (job, self.commit(job))
+    }
+
+    /// Waits until a backup has stored so much.
+    async fn stored(&self, bytes: u64) {
+        let stored = || async { (self.store.puts().1 > bytes).then_some(()) };
+        until("a part is stored", stored).await;
+    }
+
+    fn commit(&self, job: JobId) -> CommitRequest {
+        self.coordinator.with(|d| d.commits[&job.to_string()].clone())
+    }
+
+    fn reader(&self) -> Reader {
+        let pool = Pool::new(2, 8 << 20);
+        Reader { store: Arc::new(self.store.clone()), sealer: sealer(), pool }
+    }
+
+    /// The manifest of what a job committed.
+    async fn manifest(&self, job: JobId) -> Manifest {
+        let id = self.commit(job).manifest_id.parse().expect("an id");
+        restore::fetch_manifest(&self.reader(), id).await.expect("the manifest opens")
     }
 
     fn attempt(&self, agent: &Arc<Qemu>, job: JobId, point: PointId, epoch: u64) -> Attempt {
@@ -123,12 +183,8 @@ impl World {
 
     /// The disk of a committed point is what the image holds now.
     async fn judge(&self, job: JobId, image: &Path) {
-        let commit = self.coordinator.with(|d| d.commits[&job.to_string()].clone());
-        let pool = Pool::new(2, 8 << 20);
-        let reader = Reader { store: Arc::new(self.store.clone()), sealer: sealer(), pool };
-        let id = commit.manifest_id.parse().expect("an id");
-        let manifest = restore::fetch_manifest(&reader, id).await.expect("the manifest opens");
-        let out = self.folder.path().join(format!("{job}.vhdx"));
+        let (reader, manifest) = (self.reader(), self.manifest(job).await);
+        let out = self.path(&format!("{job}.vhdx"));
         restore::export_disk(&reader, &manifest.disks[0], CHUNK, &out).await.expect("exported");
         let compared = Command::new("qemu-img")
             .args(["compare", "-f", "vhdx", "-F", "qcow2"])
@@ -140,18 +196,10 @@ impl World {
     }
 }
 
-/// An image with content that no two chunks share.
-fn filled(path: &Path, size: u64) {
-    let raw = path.with_extension("tmp");
-    let mut content = vec![0; usize::try_from(size).expect("small")];
-    blake3::Hasher::new().update(b"content").finalize_xof().fill(&mut content);
-    std::fs::write(&raw, content).expect("written");
-    let made = Command::new("qemu-img")
-        .args(["convert", "-f", "raw", "-O", "qcow2"])
-        .args([&raw, path])
-        .status();
-    assert!(made.is_ok_and(|s| s.success()));
-    std::fs::remove_file(&raw).expect("removed");
+fn convert(from: (&str, &Path), to: (&str, &Path)) {
+    let mut command = Command::new("qemu-img");
+    command.args(["convert", "-f", from.0, "-O", to.0]).args([from.1, to.1]);
+    assert!(command.status().is_ok_and(|s| s.success()), "{command:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,12 +208,9 @@ async fn a_backup_that_a_migration_interrupts_goes_on_from_what_is_stored_and_is
         return;
     }
     let world = World::new();
-    let fabric = FabricId::random();
-    let host = |name: &str| Host::new(&world.folder.path().join(name), fabric);
-    let (from, to) = (host("h1"), host("h2"));
-    let image = world.folder.path().join("a.qcow2");
-    filled(&image, 5 * LEAF + 3 * 512);
-    let way = format!("unix:{}", world.folder.path().join("way").display());
+    let (from, to) = (world.host("h1"), world.host("h2"));
+    let image = world.image(5 * LEAF + 3 * 512);
+    let way = format!("unix:{}", world.path("way").display());
     let source = Vm::start(&from, world.guid, &[&image], &[]).await;
     let target = Vm::start(&to, world.guid, &[&image], &["-incoming", &way]).await;
     // Slow enough to be in the middle of it.
@@ -176,10 +221,7 @@ async fn a_backup_that_a_migration_interrupts_goes_on_from_what_is_stored_and_is
     let (job, point) = (JobId::random(), PointId::random());
     let first = world.attempt(&here, job, point, 1);
     // Two leaf pages and a part of the third.
-    until("a part is stored", || async {
-        (world.store.puts().1 > 2 * LEAF + LEAF / 2).then_some(())
-    })
-    .await;
+    world.stored(2 * LEAF + LEAF / 2).await;
     source.ask("migrate", json!({ "uri": way })).await;
     until("the checkpoint gives way", || async {
         here.checkpoints(world.guid).await.expect("listed").is_empty().then_some(())
@@ -200,7 +242,7 @@ async fn a_backup_that_a_migration_interrupts_goes_on_from_what_is_stored_and_is
     // It was started to stand still. From QEMU 10.0 on it does not hold its disks before it is let go on: the job waits.
     target.ask("cont", serde_json::Value::Null).await;
     world.ends_well(second).await;
-    let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+    let commit = world.commit(job);
     let stats = commit.stats.expect("figures");
     assert!(stats.adopted_pages >= 1, "{stats:?}");
     assert_eq!(stats.resent_bytes, 0, "{stats:?}");
@@ -215,9 +257,7 @@ async fn a_backup_that_a_migration_interrupts_goes_on_from_what_is_stored_and_is
     );
     // And on the new host the next one is an incremental.
     target.write(0, 0xa3, LEAF, 4096).await;
-    let (next, next_point) = (JobId::random(), PointId::random());
-    world.ends_well(world.attempt(&there, next, next_point, 3)).await;
-    let commit = world.coordinator.with(|d| d.commits[&next.to_string()].clone());
+    let (next, commit) = world.backed_up(&there, 3).await;
     assert_eq!(commit.kind(), BackupKind::Incremental, "{:?}", commit.reasons);
     assert_eq!(commit.stats.expect("figures").changed_bytes, u64::from(CHUNK));
     source.end().await;
@@ -232,17 +272,12 @@ async fn a_vm_that_is_restarted_in_a_backup_goes_on_and_one_that_is_killed_start
     }
     for killed in [false, true] {
         let world = World::new();
-        let host = Host::new(&world.folder.path().join("h"), FabricId::random());
-        let image = world.folder.path().join("a.qcow2");
-        filled(&image, 3 * LEAF);
+        let (host, image) = (world.host("h"), world.image(3 * LEAF));
         let vm = Vm::start(&host, world.guid, &[&image], &[]).await;
         let agent = host.agent_with(|c| c.max_read_rate = Some(ByteCount(6 << 20))).await;
         let (job, point) = (JobId::random(), PointId::random());
         let attempt = world.attempt(&agent, job, point, 1);
-        until("a part is stored", || async {
-            (world.store.puts().1 > LEAF + LEAF / 2).then_some(())
-        })
-        .await;
+        world.stored(LEAF + LEAF / 2).await;
         if killed {
             drop(vm);
         } else {
@@ -251,7 +286,7 @@ async fn a_vm_that_is_restarted_in_a_backup_goes_on_and_one_that_is_killed_start
         // The same attempt waits for its VM.
         let vm = Vm::start(&host, world.guid, &[&image], &[]).await;
         world.ends_well(attempt).await;
-        let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+        let commit = world.commit(job);
         let carried = commit.reasons.iter().any(|r| r.contains("lost in a move"));
         assert_eq!(carried, !killed, "{:?}", commit.reasons);
         assert_eq!(vm.ours().await.len(), 1, "{:?}", vm.ours().await);
@@ -267,16 +302,11 @@ async fn a_vm_that_ends_for_good_in_a_backup_is_told_as_that_and_nothing_is_left
     }
     for killed in [false, true] {
         let world = World { vm_wait: Duration::from_millis(200), ..World::new() };
-        let host = Host::new(&world.folder.path().join("h"), FabricId::random());
-        let image = world.folder.path().join("a.qcow2");
-        filled(&image, 3 * LEAF);
+        let (host, image) = (world.host("h"), world.image(3 * LEAF));
         let vm = Vm::start(&host, world.guid, &[&image], &[]).await;
         let agent = host.agent_with(|c| c.max_read_rate = Some(ByteCount(6 << 20))).await;
         let attempt = world.attempt(&agent, JobId::random(), PointId::random(), 1);
-        until("a part is stored", || async {
-            (world.store.puts().1 > LEAF + LEAF / 2).then_some(())
-        })
-        .await;
+        world.stored(LEAF + LEAF / 2).await;
         if killed {
             drop(vm);
         } else {
@@ -301,43 +331,29 @@ async fn a_moved_image_keeps_its_base_and_one_without_our_bitmap_is_read_in_full
         return;
     }
     let world = World::new();
-    let host = Host::new(&world.folder.path().join("h"), FabricId::random());
+    let (host, first) = (world.host("h"), world.image(2 * LEAF));
     let agent = host.agent().await;
-    let first = world.folder.path().join("a.qcow2");
-    filled(&first, 2 * LEAF);
-    let vm = Vm::start(&host, world.guid, &[&first], &[]).await;
-    until("it is seen", || async { agent.fleet.find(world.guid) }).await;
-    let (job, point) = (JobId::random(), PointId::random());
-    world.ends_well(world.attempt(&agent, job, point, 1)).await;
+    let vm = world.start(&host, &agent, &first).await;
+    world.backed_up(&agent, 1).await;
     vm.end().await;
 
     // As `cp` moves it while the VM is off.
-    let second = world.folder.path().join("elsewhere.qcow2");
+    let second = world.path("elsewhere.qcow2");
     std::fs::rename(&first, &second).expect("moved");
-    let vm = Vm::start(&host, world.guid, &[&second], &[]).await;
-    until("it is seen", || async { agent.fleet.find(world.guid) }).await;
+    let vm = world.start(&host, &agent, &second).await;
     vm.write(0, 0xb1, LEAF, 4096).await;
-    let (job, point) = (JobId::random(), PointId::random());
-    world.ends_well(world.attempt(&agent, job, point, 2)).await;
-    let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+    let (job, commit) = world.backed_up(&agent, 2).await;
     assert_eq!(commit.kind(), BackupKind::Incremental, "{:?}", commit.reasons);
     assert_eq!(commit.stats.expect("figures").changed_bytes, u64::from(CHUNK));
     vm.end().await;
     world.judge(job, &second).await;
 
     // As a storage migration by somebody else leaves it: the content without the bitmap.
-    let third = world.folder.path().join("converted.qcow2");
-    let made = Command::new("qemu-img")
-        .args(["convert", "-f", "qcow2", "-O", "qcow2"])
-        .args([&second, &third])
-        .status();
-    assert!(made.is_ok_and(|s| s.success()));
-    let vm = Vm::start(&host, world.guid, &[&third], &[]).await;
-    until("it is seen", || async { agent.fleet.find(world.guid) }).await;
+    let third = world.path("converted.qcow2");
+    convert(("qcow2", &second), ("qcow2", &third));
+    let vm = world.start(&host, &agent, &third).await;
     vm.write(0, 0xb2, 0, 4096).await;
-    let (job, point) = (JobId::random(), PointId::random());
-    world.ends_well(world.attempt(&agent, job, point, 3)).await;
-    let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
+    let (job, commit) = world.backed_up(&agent, 3).await;
     assert!(commit.stats.expect("figures").read_bytes > LEAF, "in full: {:?}", commit.stats);
     assert!(!commit.reasons.is_empty(), "it says why");
     println!("{:?} {:?}", commit.kind(), commit.reasons);
@@ -352,37 +368,23 @@ async fn a_restored_disk_is_what_qemu_itself_would_make() {
         return;
     }
     let world = World::new();
-    let host = Host::new(&world.folder.path().join("h"), FabricId::random());
-    let image = world.folder.path().join("a.qcow2");
-    filled(&image, 2 * LEAF + 512);
-    let vm = Vm::start(&host, world.guid, &[&image], &[]).await;
+    let (host, image) = (world.host("h"), world.image(2 * LEAF + 512));
     let agent = host.agent().await;
-    let (job, point) = (JobId::random(), PointId::random());
-    world.ends_well(world.attempt(&agent, job, point, 1)).await;
+    let vm = world.start(&host, &agent, &image).await;
+    let (job, _) = world.backed_up(&agent, 1).await;
     vm.end().await;
-    let commit = world.coordinator.with(|d| d.commits[&job.to_string()].clone());
-    let reader = Reader {
-        store: Arc::new(world.store.clone()),
-        sealer: sealer(),
-        pool: Pool::new(2, 8 << 20),
-    };
-    let id = commit.manifest_id.parse().expect("an id");
-    let manifest = restore::fetch_manifest(&reader, id).await.expect("the manifest opens");
+    let manifest = world.manifest(job).await;
     assert_eq!(manifest.config[0].name, "vm.json");
     let disk = &manifest.disks[0];
     assert_eq!((disk.file_name.as_str(), agent.disk_extension(disk)), ("a.qcow2", "qcow2"));
     for name in ["restored.qcow2", "restored.raw"] {
-        let path = world.folder.path().join(name);
+        let path = world.path(name);
         let content = {
             let (agent, disk, path, image) =
                 (agent.clone(), disk.clone(), path.clone(), image.clone());
             tokio::task::spawn_blocking(move || {
                 let raw = path.with_extension("content");
-                let converted = Command::new("qemu-img")
-                    .args(["convert", "-f", "qcow2", "-O", "raw"])
-                    .args([&image, &raw])
-                    .status();
-                assert!(converted.is_ok_and(|s| s.success()));
+                convert(("qcow2", &image), ("raw", &raw));
                 let content = std::fs::read(&raw).expect("read");
                 let mut new = agent.create_disk(&path, &disk, false).expect("made");
                 // With a hole at its start.
@@ -395,18 +397,14 @@ async fn a_restored_disk_is_what_qemu_itself_would_make() {
             .expect("no panic")
         };
         let format = if name.ends_with("qcow2") { "qcow2" } else { "raw" };
-        let back = world.folder.path().join("back");
-        let converted = Command::new("qemu-img")
-            .args(["convert", "-f", format, "-O", "raw"])
-            .args([&path, &back])
-            .status();
-        assert!(converted.is_ok_and(|s| s.success()), "{name}");
+        let back = world.path("back");
+        convert((format, &path), ("raw", &back));
         let back = std::fs::read(&back).expect("read");
         let hole = usize::try_from(MIB).expect("small");
         assert!(back[..hole].iter().all(|b| *b == 0) && back[hole..] == content[hole..], "{name}");
     }
     // A file that is there is never written over.
-    let taken = world.folder.path().join("restored.raw");
+    let taken = world.path("restored.raw");
     let (refusing, like) = (agent.clone(), disk.clone());
     let refused =
         tokio::task::spawn_blocking(move || refusing.create_disk(&taken, &like, false).err());

@@ -164,7 +164,7 @@ impl Vm {
             }
         }
         let exports = self.ask("query-block-exports", Value::Null).await;
-        found.extend(super::super::checkpoint::ids(&exports));
+        found.extend(super::super::server::export_ids(&exports));
         found
     }
 
