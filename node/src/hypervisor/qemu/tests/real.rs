@@ -32,6 +32,11 @@ pub(super) fn qemu() -> OsString {
     std::env::var_os("OUTRIDER_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into())
 }
 
+/// The emulator of a VM that waits for its migration; `OUTRIDER_QEMU_TARGET` names one of another version.
+fn qemu_at_target() -> OsString {
+    std::env::var_os("OUTRIDER_QEMU_TARGET").unwrap_or_else(qemu)
+}
+
 /// Whether QEMU is there; without it a test says so and passes, except in CI.
 pub(super) fn qemu_is_missing() -> bool {
     let there = Command::new(qemu()).arg("--version").output().is_ok();
@@ -108,8 +113,10 @@ impl Vm {
     /// Starts with these images, in this order (qcow2 by extension, else raw).
     pub(super) async fn start(host: &Host, guid: VmGuid, images: &[&Path], more: &[&str]) -> Self {
         let control = host.folder.join("web.control");
-        let mut command = Command::new(qemu());
-        command.args(["-name", "web", "-machine", "q35,accel=tcg", "-m", "64"]);
+        let arrives = more.contains(&"-incoming");
+        let mut command = Command::new(if arrives { qemu_at_target() } else { qemu() });
+        // One that all versions know, so that a VM can move between two of them.
+        command.args(["-name", "web", "-machine", "pc-q35-7.2,accel=tcg", "-m", "64"]);
         command.args(["-display", "none", "-nodefaults", "-S", "-uuid", &guid.to_string()]);
         for (id, path) in [("outrider", host.folder.join("web.qmp")), ("control", control.clone())]
         {
@@ -506,5 +513,49 @@ async fn a_checkpoint_that_cannot_be_read_is_given_up_at_once_and_its_bitmap_goe
     until("only the bitmap is left", || async { (vm.ours().await.len() == 1).then_some(()) }).await;
     let point = agent.reference_points(vm.guid).await.expect("listed").remove(0);
     assert_eq!(Some(point.id), agent.point_of(made.id));
+    vm.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_with_iothreads_is_captured_where_its_qemu_survives_that_and_refused_elsewhere() {
+    if qemu_is_missing() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let host = Host::new(dir.path(), FabricId::random());
+    let (a, b) = (dir.path().join("a.qcow2"), dir.path().join("b.raw"));
+    qcow2(&a, 20 * MIB);
+    raw(&b, 10 * MIB);
+    let threads = ["-object", "iothread,id=io", "-global", "virtio-blk-pci.iothread=io"];
+    let vm = Vm::start(&host, VmGuid::random(), &[&a, &b], &threads).await;
+    let agent = host.agent().await;
+    vm.ask("cont", Value::Null).await;
+    let disk = json!({ "path": "/machine/peripheral/disk0", "property": "iothread" });
+    assert_eq!(vm.ask("qom-get", disk).await, "/objects/io");
+    let version = agent.fleet.find(vm.guid).expect("seen").qmp.version();
+    let made = agent.create_checkpoint(&lease(), vm.guid, NAME, PLAIN).await;
+    println!("{version}: {made:?}");
+    if version < super::super::IOTHREADS {
+        assert!(made.expect_err("refused").to_string().contains("iothreads"));
+        vm.end().await;
+        return;
+    }
+    agent.destroy_checkpoint(&lease(), vm.guid, &made.expect("made")).await.expect("gone");
+    vm.write(0, 1, 0, MIB).await;
+    vm.write(1, 1, 0, MIB).await;
+    let made = agent.create_checkpoint(&lease(), vm.guid, NAME, PLAIN).await.expect("made");
+    vm.write(0, 2, 0, 2 * MIB).await;
+    vm.write(1, 2, 0, 2 * MIB).await;
+    // Readers come and go.
+    for _ in 0..3 {
+        let disks = opened(&agent, &made).await;
+        for disk in &disks {
+            assert!(all(&read(disk, 0, MIB).await, 1) && all(&read(disk, MIB, MIB).await, 0));
+        }
+    }
+    let base = agent.convert(&lease(), vm.guid, &made).await.expect("a reference point");
+    assert_eq!(base.tracking.len(), 2, "{base:?}");
+    assert_eq!(vm.ours().await.len(), 2, "{:?}", vm.ours().await);
+    assert_eq!(vm.ask("query-status", Value::Null).await["status"], "running");
     vm.end().await;
 }
