@@ -1,8 +1,11 @@
 //! Fetching what this node should keep and does not: after a start, after a new layout, and from time to time.
 
+mod compared;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::TryStreamExt;
 use outrider_format::entry::{Name, Provenance};
 use outrider_proto::frame::Space;
 use outrider_proto::ids::{ChunkId, JobId, PgId};
@@ -16,6 +19,8 @@ use crate::error::StoreError;
 use crate::metrics::StorageMetrics;
 use crate::peers::Peers;
 use crate::store::{Append, Store};
+
+use self::compared::Compared;
 
 /// Ids fetched with one request.
 const FETCH: usize = 32;
@@ -52,9 +57,10 @@ enum CatchUpError {
 impl CatchUp {
     /// Looks and fetches until cancelled.
     pub async fn run(mut self, token: CancellationToken) {
+        let mut compared = Compared::default();
         loop {
             let work = async {
-                let complete = self.look().await;
+                let complete = self.look(&mut compared).await;
                 self.incomplete.send_replace(!complete);
                 // What could not be asked is asked again soon.
                 let pause =
@@ -69,7 +75,7 @@ impl CatchUp {
     }
 
     /// One look at all PGs and names. Whether every other replica could be asked and nothing is missing.
-    async fn look(&self) -> bool {
+    async fn look(&self, compared: &mut Compared) -> bool {
         let layout = self.layout.borrow().clone();
         if layout.node(&self.name).is_none() {
             return false;
@@ -80,7 +86,7 @@ impl CatchUp {
                 .map(PgId)
                 .filter(|&pg| layout.keeps(&self.name, pg) && layout.keeps(&peer.name, pg))
                 .collect();
-            if let Err(error) = self.look_at(&layout, peer, &shared).await {
+            if let Err(error) = self.look_at(&layout, peer, &shared, compared).await {
                 tracing::debug!(%error, peer = %peer.name, "could not catch up from this node");
                 complete = false;
             }
@@ -94,6 +100,7 @@ impl CatchUp {
         layout: &Layout,
         peer: &StorageNode,
         shared: &[PgId],
+        compared: &mut Compared,
     ) -> Result<(), CatchUpError> {
         let session = self.peers.session(peer).await?;
         for &pg in shared {
@@ -111,7 +118,13 @@ impl CatchUp {
                 self.fetch(&*session, layout, pg, missing).await?;
             }
         }
-        self.named(&*session, layout).await
+        // Before, not after: what is found damaged meanwhile may have been passed already.
+        let damaged = self.store.status().damaged;
+        if compared.is_due(&session, damaged) {
+            self.named(&*session, layout).await?;
+            compared.note(&session, damaged);
+        }
+        Ok(())
     }
 
     async fn fetch(
@@ -133,9 +146,7 @@ impl CatchUp {
             let bytes: u64 = appends.iter().map(|a| a.record.bytes().len() as u64).sum();
             self.metrics.caught_up.inc_by(appends.len() as u64);
             self.store.append(appends).await?;
-            // Repair must leave room for the work of the day: this is the rate, not a wait for something.
-            tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / self.rate.max(1) as f64))
-                .await;
+            self.pace(bytes).await;
         }
         if !missing.is_empty() {
             self.store.sync().await?;
@@ -144,14 +155,17 @@ impl CatchUp {
         Ok(())
     }
 
+    /// Compares all named records, one at a time as they arrive.
     async fn named(&self, session: &dyn ChunkSession, layout: &Layout) -> Result<(), CatchUpError> {
         for space in [Space::Root, Space::Journal, Space::State] {
-            for named in session.list_named(space, Vec::new()).await? {
-                let known = self.store.list_named(space, &named.key)?;
-                let newer = known.iter().any(|k| k.key == named.key && k.fence >= named.fence);
+            let mut records = session.stream_named(space, Vec::new());
+            while let Some(named) = records.try_next().await? {
+                let known = self.store.find_named(space, &named.key)?;
+                let newer = known.is_some_and(|k| k.fence >= named.fence);
                 if newer || named.record.verify().is_err() {
                     continue;
                 }
+                let bytes = named.record.bytes().len() as u64;
                 let name = Name { space: space as u8, key: named.key, fence: named.fence };
                 let provenance = self.provenance(layout, PgId(0));
                 match self.store.put_named(name, provenance, named.record).await {
@@ -159,9 +173,16 @@ impl CatchUp {
                     Ok(()) | Err(StoreError::Fenced { .. }) => {}
                     Err(error) => return Err(error.into()),
                 }
+                self.pace(bytes).await;
             }
         }
         Ok(())
+    }
+
+    /// Repair must leave room for the work of the day: this is the rate, not a wait for something.
+    async fn pace(&self, bytes: u64) {
+        let pause = Duration::from_secs_f64(bytes as f64 / self.rate.max(1) as f64);
+        tokio::time::sleep(pause).await;
     }
 
     fn provenance(&self, layout: &Layout, pg: PgId) -> Provenance {
@@ -173,3 +194,6 @@ impl CatchUp {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::StreamExt;
 use outrider_process::identity::SigningKey;
 use outrider_proto::frame::{Presence, Refusal, Space};
 use outrider_proto::ids::{ChunkId, FabricId, LayoutEpoch, NodeIncarnation, PgId};
@@ -17,7 +18,8 @@ use outrider_proto::record::Record;
 
 use crate::error::TransportError;
 use crate::transport::{
-    ChunkSession, ChunkTransport, NamedRecord, NumberedRecord, Opened, Opening, WindowHead,
+    ChunkSession, ChunkTransport, NamedRecord, NamedStream, NumberedRecord, Opened, Opening,
+    WindowHead,
 };
 
 /// The tier: nodes, their layout, and switches to break them.
@@ -368,22 +370,17 @@ impl ChunkSession for MemorySession {
         Ok(receipt.sign(self.tier.keys[self.index].pair()).into())
     }
 
-    async fn list_named(
-        &self,
-        space: Space,
-        prefix: Vec<u8>,
-    ) -> Result<Vec<NamedRecord>, TransportError> {
-        let nodes = self.nodes()?;
-        Ok(nodes[self.index]
-            .named
-            .iter()
-            .filter(|((s, key), _)| *s == space as u8 && key.starts_with(&prefix))
-            .map(|((_, key), (fence, record))| NamedRecord {
-                key: key.clone(),
-                fence: *fence,
-                record: record.clone(),
-            })
-            .collect())
+    fn stream_named(&self, space: Space, prefix: Vec<u8>) -> NamedStream<'_> {
+        let listed = self.nodes().map(|nodes| {
+            let named = nodes[self.index].named.iter();
+            named
+                .filter(|((s, key), _)| *s == space as u8 && key.starts_with(&prefix))
+                .map(|((_, key), (fence, record))| {
+                    Ok(NamedRecord { key: key.clone(), fence: *fence, record: record.clone() })
+                })
+                .collect()
+        });
+        futures::stream::iter(listed.unwrap_or_else(|error| vec![Err(error)])).boxed()
     }
 
     async fn list_pg(&self, pg: PgId, after: ChunkId) -> Result<Vec<ChunkId>, TransportError> {

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::TryStreamExt;
+use futures::stream::BoxStream;
 use outrider_proto::frame::{Presence, Space};
 use outrider_proto::ids::{
     ChunkId, FabricId, JobId, LayoutEpoch, NodeIncarnation, PgId, SessionId, Window,
@@ -86,6 +88,9 @@ pub struct NamedRecord {
     pub record: Record,
 }
 
+/// Named records as they arrive.
+pub type NamedStream<'a> = BoxStream<'a, Result<NamedRecord, TransportError>>;
+
 /// Makes sessions with storage nodes.
 #[async_trait]
 pub trait ChunkTransport: Send + Sync + 'static {
@@ -140,12 +145,18 @@ pub trait ChunkSession: Send + Sync + 'static {
         record: Record,
     ) -> Result<Bytes, TransportError>;
 
-    /// The named records of a prefix, in key order.
+    /// The named records of a prefix, in key order, one after the other. However many there are and however slowly they
+    /// are taken, no more of them are in memory than flow control lets through.
+    fn stream_named(&self, space: Space, prefix: Vec<u8>) -> NamedStream<'_>;
+
+    /// The named records of a prefix, in key order, all in memory: for prefixes of one job or point.
     async fn list_named(
         &self,
         space: Space,
         prefix: Vec<u8>,
-    ) -> Result<Vec<NamedRecord>, TransportError>;
+    ) -> Result<Vec<NamedRecord>, TransportError> {
+        self.stream_named(space, prefix).try_collect().await
+    }
 
     /// Ids of a PG on this node after `after`, in order; empty at the end (storage nodes only).
     async fn list_pg(&self, pg: PgId, after: ChunkId) -> Result<Vec<ChunkId>, TransportError>;

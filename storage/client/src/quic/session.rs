@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::StreamExt;
 use outrider_process::telemetry::current_traceparent;
 use outrider_proto::frame::{Frame, Presence, Space, close};
 use outrider_proto::ids::{ChunkId, PgId};
@@ -14,7 +15,9 @@ use quinn::{Connection, SendStream};
 use crate::error::TransportError;
 use crate::frame_io::{FrameIoError, FrameReader, finish, finish_with, write_frame};
 use crate::limits::Limits;
-use crate::transport::{ChunkSession, NamedRecord, NumberedRecord, Opened, WindowHead};
+use crate::transport::{
+    ChunkSession, NamedRecord, NamedStream, NumberedRecord, Opened, WindowHead,
+};
 
 /// A session over one connection.
 #[derive(Debug)]
@@ -89,6 +92,12 @@ impl QuicSession {
         })
         .await
     }
+}
+
+/// A list of named records on its way.
+enum Listing {
+    Asking(Frame),
+    Answered(FrameReader),
 }
 
 /// What a broken stream means.
@@ -220,26 +229,29 @@ impl ChunkSession for QuicSession {
         .await
     }
 
-    async fn list_named(
-        &self,
-        space: Space,
-        prefix: Vec<u8>,
-    ) -> Result<Vec<NamedRecord>, TransportError> {
-        let mut recv = self.ask(&Frame::ListNamed { space, prefix }).await?;
-        let mut records = Vec::new();
-        loop {
-            // A long list is fine as long as it moves on.
-            let next = self.answer(&mut recv, "NamedRecord or End");
-            match self.within(self.limits.request, next).await? {
-                Frame::NamedRecord { key, fence, record } => {
-                    if let Ok(record) = Record::decode_unverified(record) {
-                        records.push(NamedRecord { key, fence, record });
+    fn stream_named(&self, space: Space, prefix: Vec<u8>) -> NamedStream<'_> {
+        let question = Listing::Asking(Frame::ListNamed { space, prefix });
+        futures::stream::try_unfold(question, move |listing| async move {
+            let mut recv = match listing {
+                Listing::Asking(question) => self.ask(&question).await?,
+                Listing::Answered(recv) => recv,
+            };
+            loop {
+                // A long list is fine as long as it moves on.
+                let next = self.answer(&mut recv, "NamedRecord or End");
+                match self.within(self.limits.request, next).await? {
+                    Frame::NamedRecord { key, fence, record } => {
+                        if let Ok(record) = Record::decode_unverified(record) {
+                            let named = NamedRecord { key, fence, record };
+                            return Ok(Some((named, Listing::Answered(recv))));
+                        }
                     }
+                    Frame::End => return Ok(None),
+                    other => return Err(self.unexpected("NamedRecord or End", other)),
                 }
-                Frame::End => return Ok(records),
-                other => return Err(self.unexpected("NamedRecord or End", other)),
             }
-        }
+        })
+        .boxed()
     }
 
     async fn list_pg(&self, pg: PgId, after: ChunkId) -> Result<Vec<ChunkId>, TransportError> {
