@@ -182,7 +182,7 @@ impl StorageServer {
             endpoint(Some(socket), Some(server::listener(&identity, window)?)).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let budget = limits.receive_budget.as_u64();
-        server::serve(node, listener, budget, u64::from(window), &tasks);
+        server::serve(node, listener, budget, window, &tasks);
         let catch_up = CatchUp {
             name: config.name.clone(),
             store: Arc::clone(&store),

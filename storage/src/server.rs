@@ -3,10 +3,10 @@
 mod access;
 mod named;
 mod read;
+mod receive_budget;
 mod write;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use outrider_process::clock::Clock;
@@ -29,6 +29,7 @@ use crate::store::Store;
 use crate::windows::Windows;
 
 use self::access::Access;
+use self::receive_budget::{LEAST, ReceiveBudget};
 
 /// A handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -99,10 +100,10 @@ pub(crate) fn refuse<T>(refusal: Refusal, message: impl Into<String>) -> Result<
     Err(Ending::Refused(refusal, message.into()))
 }
 
-/// Accepts connections until the group stops.
-pub fn serve(node: Arc<Node>, endpoint: Endpoint, budget: u64, window: u64, tasks: &TaskGroup) {
+/// Accepts connections until the group stops. `budget`: bytes of the receive windows of all of them, `window`: of one.
+pub fn serve(node: Arc<Node>, endpoint: Endpoint, budget: u64, window: u32, tasks: &TaskGroup) {
     let (spawner, token) = (tasks.spawner(), tasks.token());
-    let connections = Arc::new(AtomicUsize::new(0));
+    let budget = ReceiveBudget::new(budget, window);
     tasks.spawn("accept", async move {
         loop {
             let incoming = tokio::select! {
@@ -111,21 +112,18 @@ pub fn serve(node: Arc<Node>, endpoint: Endpoint, budget: u64, window: u64, task
             };
             let Some(incoming) = incoming else { break };
             let (node, spawner_of, stop) = (Arc::clone(&node), spawner.clone(), token.clone());
-            let connections = Arc::clone(&connections);
+            let budget = Arc::clone(&budget);
             spawner.spawn("connection", async move {
                 let Ok(Ok(connection)) = tokio::time::timeout(HANDSHAKE, incoming).await else {
                     return;
                 };
-                let open = connections.fetch_add(1, Ordering::Relaxed) + 1;
-                let share = (budget / open as u64).clamp(1 << 20, window.max(1 << 20));
-                connection.set_receive_window(u32::try_from(share).unwrap_or(u32::MAX).into());
+                let _share = budget.join(connection.clone());
                 tokio::select! {
                     () = converse(&node, &connection, &spawner_of) => {}
                     () = stop.cancelled() => {
                         connection.close(close::GOING_AWAY.into(), b"this node is shutting down");
                     }
                 }
-                connections.fetch_sub(1, Ordering::Relaxed);
             });
         }
         endpoint.close(close::GOING_AWAY.into(), b"this node is shutting down");
@@ -133,7 +131,7 @@ pub fn serve(node: Arc<Node>, endpoint: Endpoint, budget: u64, window: u64, task
     });
 }
 
-/// Settings of the listener.
+/// Settings of the listener. `window` bounds the streams; what all of a connection may hold is its share of the budget.
 ///
 /// # Errors
 /// The identity cannot be used for TLS.
@@ -141,7 +139,9 @@ pub fn listener(
     identity: &Identity,
     window: u32,
 ) -> Result<quinn::ServerConfig, outrider_process::identity::IdentityError> {
-    identity.quinn_server(&[ALPN], Arc::new(tuning::server(window)))
+    let mut settings = tuning::server(window);
+    settings.receive_window(LEAST.into());
+    identity.quinn_server(&[ALPN], Arc::new(settings))
 }
 
 async fn converse(node: &Arc<Node>, connection: &Connection, tasks: &TaskSpawner) {
