@@ -380,6 +380,14 @@ pub trait Hypervisor: Send + Sync + 'static {
         checkpoint: &Checkpoint,
     ) -> Result<Vec<PathBuf>, HypervisorError>;
 
+    /// Why no VM can be made of a checkpoint's configuration files; its disks can be restored all the same.
+    async fn definition_obstacle(
+        &self,
+        _checkpoint: &Checkpoint,
+    ) -> Result<Option<String>, HypervisorError> {
+        Ok(None)
+    }
+
     /// The VM's user checkpoints, as `at` (a recovery checkpoint) follows them. An empty answer is allowed: this hypervisor
     /// then has none that it could restore.
     async fn user_checkpoints(
@@ -460,6 +468,12 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// The host that runs a VM of this GUID, as the cluster knows; `None` when no host of the cluster does.
     async fn owner_of(&self, _vm: VmGuid) -> Result<Option<String>, HypervisorError> {
         Ok(None)
+    }
+
+    /// Whatever speaks against a VM by its definition alone, before its disks are written. No answer is allowed: what it would
+    /// have said is then heard later.
+    async fn precheck_vm(&self, _new: &NewVm) -> Result<(), HypervisorError> {
+        Ok(())
     }
 
     /// Does everything that [`Hypervisor::define_vm`] does short of making the VM real, under another GUID, and undoes

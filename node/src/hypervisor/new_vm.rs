@@ -16,6 +16,8 @@ pub struct NewVm {
     pub name: String,
     /// Keep the GUID of the definition.
     pub keep_guid: bool,
+    /// The VM of this host whose place it takes.
+    pub replaces: Option<VmGuid>,
     /// Disk files by slot.
     pub disks: Vec<(String, PathBuf)>,
     /// Make it highly available.

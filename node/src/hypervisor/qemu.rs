@@ -26,11 +26,13 @@ mod fleet;
 mod frozen;
 mod guest;
 mod held;
+mod images;
 mod machine;
 mod names;
 mod nbd;
 mod network;
 mod new_disk;
+mod options;
 mod process;
 mod qmp;
 mod removal;
@@ -67,7 +69,7 @@ use self::names::Bitmaps;
 use super::facts::{Access, Guest, GuestKind, Service, VmFacts, Volume};
 use super::{
     BootCheck, Booting, Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk as Frozen,
-    Hypervisor, HypervisorError, Inventory, NewVm, ReferencePoint, VmState,
+    Hypervisor, HypervisorError, Inventory, NewVm, ReferencePoint, SetAside, VmState,
 };
 use crate::config::QemuConfig;
 use crate::lease::Lease;
@@ -338,6 +340,14 @@ impl Hypervisor for Qemu {
         Ok(vec![self.write_definition(&machine, &open)?])
     }
 
+    async fn definition_obstacle(
+        &self,
+        checkpoint: &Checkpoint,
+    ) -> Result<Option<String>, HypervisorError> {
+        let (machine, open) = self.open_checkpoint(checkpoint).await?;
+        Ok(self.definition_of(&machine, &open).obstacle())
+    }
+
     async fn changes(
         &self,
         disk: &Path,
@@ -418,7 +428,20 @@ impl Hypervisor for Qemu {
 
     async fn define_vm(&self, lease: &Lease, new: &NewVm) -> Result<Defined, HypervisorError> {
         lease.may_mutate()?;
-        Ok(Defined { vm: self.define(new)?, mended: Vec::new() })
+        Ok(self.define(new)?)
+    }
+
+    async fn precheck_vm(&self, new: &NewVm) -> Result<(), HypervisorError> {
+        Ok(self.plan(new).map(drop)?)
+    }
+
+    async fn rehearse_vm(&self, _lease: &Lease, new: &NewVm) -> Result<(), HypervisorError> {
+        Ok(self.plan(new).map(drop)?)
+    }
+
+    async fn set_aside(&self, lease: &Lease, vm: VmGuid) -> Result<SetAside, HypervisorError> {
+        lease.may_mutate()?;
+        Ok(self.put_aside(lease, vm).await?)
     }
 
     async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {

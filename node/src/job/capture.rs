@@ -54,8 +54,8 @@ pub(super) struct Captured {
     pub(super) journal: SharedJournal,
     /// The user checkpoints, if they are kept.
     pub(super) layers: Option<Box<Layers>>,
-    /// What became of them, for the point's report.
-    pub(super) tree_said: Option<String>,
+    /// What became of them and of the VM's definition, for the point's report.
+    pub(super) said: Vec<String>,
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -139,6 +139,13 @@ pub(super) async fn run(
     context.phase("saving the configuration");
     let mut sets = ConfigSets::new(start.chunk_size);
     let config = sets.save(context, &open.checkpoint, &pipeline).await?;
+    let mut said = Vec::new();
+    if let Some(why) = context.hypervisor.definition_obstacle(&open.checkpoint).await? {
+        let sentence =
+            format!("only the disks of this point can be restored, no VM can be made of it: {why}");
+        warnings.push(sentence.clone());
+        said.push(sentence);
+    }
     let machine = machine(context, open, warnings).await?;
     context.phase("running");
     let tracking_unproven = binding.is_some_and(|b| b.tracking_unproven) && start.parent.is_some();
@@ -164,13 +171,16 @@ pub(super) async fn run(
     };
     let kept = tree(context, work, &begun, &mut sets, warnings).await?;
     sets.add_to(stats);
-    let (layers, tree_said) = match kept {
+    let layers = match kept {
         Some(Ok(layers)) => {
-            let said = layers.said.clone();
-            (Some(layers), Some(said))
+            said.push(layers.said.clone());
+            Some(layers)
         }
-        Some(Err(why)) => (None, Some(why)),
-        None => (None, None),
+        Some(Err(why)) => {
+            said.push(why);
+            None
+        }
+        None => None,
     };
     Ok(Captured {
         pipeline,
@@ -182,7 +192,7 @@ pub(super) async fn run(
         tracking_unproven,
         journal,
         layers,
-        tree_said,
+        said,
     })
 }
 

@@ -147,7 +147,7 @@ fn manifest(
         None => Tree::default(),
     };
     let mut reasons = captured.start.reasons.clone();
-    reasons.extend(captured.tree_said.clone());
+    reasons.extend(captured.said.iter().cloned());
     Manifest {
         point,
         job: context.lease.job(),

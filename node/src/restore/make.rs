@@ -111,6 +111,21 @@ impl<'a> Restore<'a> {
             std::fs::create_dir_all(&dir).map_err(JobError::file("make the folder", &dir))?;
         }
         self.trail.save(&self.target.folder)?;
+        context.phase("writing the configuration");
+        let definition = self.write_config(&self.manifest.config, DEFINITION).await?;
+        if self.with_tree {
+            for checkpoint in &self.manifest.tree.checkpoints {
+                self.write_config(&checkpoint.config, CHECKPOINTS).await?;
+            }
+        }
+        let definition = definition.ok_or_else(|| {
+            JobError::Unrestorable(format!(
+                "recovery point {} holds no VM definition of this hypervisor; restore its disks alone",
+                self.manifest.point
+            ))
+        })?;
+        // Hours may be between this and the VM.
+        context.hypervisor.precheck_vm(&self.new_vm(definition.clone())).await?;
         context.phase("writing disks");
         let paths = files::paths(&self.files, &self.target.folder);
         for (file, path) in self.files.iter().zip(&paths) {
@@ -140,19 +155,7 @@ impl<'a> Restore<'a> {
             self.trail.disks.push(file.name.clone());
             self.trail.save(&self.target.folder)?;
         }
-        context.phase("writing the configuration");
-        let definition = self.write_config(&self.manifest.config, DEFINITION).await?;
-        if self.with_tree {
-            for checkpoint in &self.manifest.tree.checkpoints {
-                self.write_config(&checkpoint.config, CHECKPOINTS).await?;
-            }
-        }
-        definition.ok_or_else(|| {
-            JobError::Unrestorable(format!(
-                "recovery point {} holds no VM definition of this hypervisor; restore its disks alone",
-                self.manifest.point
-            ))
-        })
+        Ok(definition)
     }
 
     /// Writes configuration files into a folder of the VM; gives the definition among them.
@@ -188,6 +191,7 @@ impl<'a> Restore<'a> {
             folder: self.target.folder.clone(),
             name: self.target.name.clone(),
             keep_guid: self.work.keep_guid,
+            replaces: self.target.replaces,
             disks: self.disks_of(None),
             clustered: self.work.highly_available,
             group: self.manifest.machine.group.clone(),

@@ -48,19 +48,24 @@ impl Disk {
         PathBuf::from(format!("{stem}.{extension}"))
     }
 
-    /// The id of this disk: follows from the VM and the slot, so that it is the same on every host.
+    /// The id of this disk.
     pub(super) fn id(&self, vm: VmGuid) -> DiskId {
-        let mut hash = blake3::Hasher::new_derive_key("outrider 2026-11 qemu disk id");
-        hash.update(vm.0.as_bytes());
-        hash.update(self.slot.as_bytes());
-        let mut id = [0; 16];
-        hash.finalize_xof().fill(&mut id);
-        DiskId(uuid::Builder::from_custom_bytes(id).into_uuid())
+        disk_id(vm, &self.slot)
     }
 
     pub(super) fn bitmap(&self, name: &str) -> Option<&Bitmap> {
         self.bitmaps.iter().find(|b| b.name == name)
     }
+}
+
+/// The id of a disk: follows from the VM and the slot, so that it is the same on every host.
+pub(super) fn disk_id(vm: VmGuid, slot: &str) -> DiskId {
+    let mut hash = blake3::Hasher::new_derive_key("outrider 2026-11 qemu disk id");
+    hash.update(vm.0.as_bytes());
+    hash.update(slot.as_bytes());
+    let mut id = [0; 16];
+    hash.finalize_xof().fill(&mut id);
+    DiskId(uuid::Builder::from_custom_bytes(id).into_uuid())
 }
 
 /// The disks of a VM: `query-block`, `query-named-block-nodes` and, for the filters that are between device and image, the pairs

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::images::{self, Moved, Place};
 use super::network;
+use super::options::escaped;
 
 /// The file's name in recovery points.
 pub(super) const FILE: &str = "vm.json";
@@ -26,6 +28,10 @@ pub(super) struct Definition {
     pub(super) qmp: PathBuf,
     pub(super) qga: PathBuf,
     pub(super) disks: Vec<DefinedDisk>,
+    /// The VM as it is, written down before another one takes its place: made again, it is not changed. Never so in a
+    /// recovery point.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) aside: bool,
 }
 
 /// A disk that was captured.
@@ -49,6 +55,20 @@ pub(super) struct Wanted<'a> {
     pub(super) disks: &'a [(String, PathBuf)],
     /// Its network adapters are connected to nothing.
     pub(super) disconnect: bool,
+    /// Folder of the restored VM.
+    pub(super) folder: &'a Path,
+    /// It takes the original's place.
+    pub(super) in_place: bool,
+}
+
+/// A VM as it is to be defined.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Rewritten {
+    pub(super) definition: Definition,
+    /// Files to be copied for it: from, to.
+    pub(super) copies: Vec<(PathBuf, PathBuf)>,
+    /// What differs from the original, in sentences.
+    pub(super) notes: Vec<String>,
 }
 
 /// A name that may be part of a socket's name.
@@ -67,59 +87,45 @@ impl Definition {
             return Err(format!("its format is {:?}; this agent knows {FORMAT:?}", read.format));
         }
         if read.argv.is_empty() {
-            return Err(
-                "it holds no command line: the agent could not read the process of the VM".into()
-            );
+            return Err(UNREADABLE.into());
         }
         Ok(read)
     }
 
     /// The same VM with other disks, sockets, name and UUID.
-    pub(super) fn rewritten(&self, wanted: &Wanted<'_>) -> Result<Self, String> {
-        let inherited = |a: &&String| {
-            a.contains("/dev/fdset/")
-                || a.split([',', ' ']).any(|p| {
-                    let value = p.rsplit_once("fd=").map(|(_, v)| v);
-                    value.is_some_and(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_digit()))
-                })
+    ///
+    /// # Errors
+    /// A sentence: why its disks can be restored, and not the VM.
+    pub(super) fn rewritten(&self, wanted: &Wanted<'_>) -> Result<Rewritten, String> {
+        let original = match wanted.disconnect {
+            true => network::disconnected(&self.argv),
+            false => self.argv.clone(),
         };
-        let disconnected = |argv: &[String]| {
-            if wanted.disconnect { network::disconnected(argv) } else { argv.to_vec() }
-        };
-        let original = disconnected(&self.argv);
-        if let Some(argument) = original.iter().find(inherited) {
-            return Err(format!(
-                "its command line uses a file that only its starter could pass ({argument}): define the VM through that program \
-                 (libvirt: virsh define) with the restored disks"
-            ));
+        passable(&original)?;
+        let mut disks = Vec::with_capacity(self.disks.len());
+        for disk in &self.disks {
+            let Some(new) = path_for(wanted.disks, &disk.slot) else { continue };
+            let to = new.to_str().ok_or("a disk's new path is no UTF-8")?;
+            disks.push(Moved { slot: &disk.slot, from: &disk.path, to });
         }
-        let mut argv = Vec::with_capacity(original.len());
-        let mut arguments = original.iter();
+        let (folder, in_place) = (wanted.folder, wanted.in_place);
+        let place = Place { cwd: &self.cwd, folder, in_place };
+        let images = images::moved(&original, &disks, place)?;
+        let mut argv = Vec::with_capacity(images.argv.len());
         let mut option = String::new();
-        let mut has_uuid = false;
-        while let Some(argument) = arguments.next() {
-            match bare(argument) {
-                "-incoming" | "-pidfile" | "-loadvm" => {
-                    arguments.next();
-                    continue;
-                }
-                "-daemonize" => continue,
-                "-uuid" => {
-                    arguments.next();
-                    argv.extend(["-uuid".to_owned(), wanted.uuid.to_string()]);
-                    has_uuid = true;
-                    continue;
-                }
-                _ => {}
-            }
-            argv.push(self.argument(&option, argument, wanted)?);
-            option = bare(argument).to_owned();
+        for argument in at_rest(&images.argv) {
+            let new = match option.as_str() {
+                "-uuid" => wanted.uuid.to_string(),
+                option => self.argument(option, &argument, wanted),
+            };
+            argv.push(new);
+            option = bare(&argument).to_owned();
         }
-        if !has_uuid {
+        if !argv.iter().any(|a| bare(a) == "-uuid") {
             argv.extend(["-uuid".to_owned(), wanted.uuid.to_string()]);
         }
         let file = safe(wanted.name);
-        Ok(Self {
+        let definition = Self {
             format: FORMAT.into(),
             name: wanted.name.to_owned(),
             uuid: wanted.uuid,
@@ -137,31 +143,51 @@ impl Definition {
                     None => d.clone(),
                 })
                 .collect(),
-        })
+            aside: false,
+        };
+        Ok(Rewritten { definition, copies: images.copies, notes: images.notes })
+    }
+
+    /// Why no VM can be made of it, whatever is wished. That another program starts it is no news.
+    pub(super) fn obstacle(&self) -> Option<String> {
+        if self.argv.is_empty() {
+            return Some(UNREADABLE.into());
+        }
+        passable(&network::disconnected(&self.argv)).ok()?;
+        let restored = |(at, disk): (usize, &DefinedDisk)| {
+            (disk.slot.clone(), PathBuf::from(format!("/outrider/{at}")))
+        };
+        let disks: Vec<_> = self.disks.iter().enumerate().map(restored).collect();
+        let wanted = Wanted {
+            name: &self.name,
+            uuid: self.uuid,
+            sockets: Path::new("/"),
+            disks: &disks,
+            disconnect: true,
+            folder: Path::new("/"),
+            in_place: false,
+        };
+        self.rewritten(&wanted).err()
+    }
+
+    /// This very VM, to be started again as it is.
+    ///
+    /// # Errors
+    /// A sentence: why only whoever started it can.
+    pub(super) fn set_aside(self) -> Result<Self, String> {
+        if self.argv.is_empty() {
+            return Err(UNREADABLE.into());
+        }
+        passable(&self.argv)?;
+        Ok(Self { argv: at_rest(&self.argv), aside: true, ..self })
     }
 
     /// One argument; `option` is what stands before it.
-    fn argument(
-        &self,
-        option: &str,
-        argument: &str,
-        wanted: &Wanted<'_>,
-    ) -> Result<String, String> {
+    fn argument(&self, option: &str, argument: &str, wanted: &Wanted<'_>) -> String {
         if option == "-name" {
-            return Ok(renamed(argument, &escaped(wanted.name)));
+            return renamed(argument, &escaped(wanted.name));
         }
         let mut out = argument.to_owned();
-        for disk in &self.disks {
-            let Some(new) = path_for(wanted.disks, &disk.slot) else { continue };
-            let new = new.to_str().ok_or("a disk's new path is no UTF-8")?;
-            let replaced = replace_path(&out, &disk.path, new);
-            if replaced != out && option == "-blockdev" {
-                // The restored disk stands alone: a backing file would show through its holes.
-                out = without_backing(&replaced);
-            } else {
-                out = replaced;
-            }
-        }
         let file = safe(wanted.name);
         for (old, new) in [(&self.qmp, "qmp"), (&self.qga, "qga")] {
             let new = wanted.sockets.join(format!("{file}.{new}"));
@@ -189,22 +215,52 @@ impl Definition {
                 out = network::with_own_mac(&out, wanted.uuid);
             }
         }
-        Ok(out)
+        out
     }
 }
 
+const UNREADABLE: &str = "it holds no command line: the agent could not read /proc/PID/cmdline of the VM's process. Run the \
+                          agent as root or as the user of QEMU";
+
+/// Whether all that a command line needs can be had again.
+fn passable(argv: &[String]) -> Result<(), String> {
+    let inherited = |a: &&String| {
+        a.contains("/dev/fdset/")
+            || a.split([',', ' ']).any(|p| {
+                let value = p.rsplit_once("fd=").map(|(_, v)| v);
+                value.is_some_and(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_digit()))
+            })
+    };
+    match argv.iter().find(inherited) {
+        Some(argument) => Err(format!(
+            "its command line uses a file that only its starter could pass ({argument}): define the VM through that program \
+             (libvirt: virsh define) with the restored disks"
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Without what was for one start only.
+fn at_rest(argv: &[String]) -> Vec<String> {
+    let mut kept = Vec::with_capacity(argv.len());
+    let mut arguments = argv.iter();
+    while let Some(argument) = arguments.next() {
+        match bare(argument) {
+            "-incoming" | "-pidfile" | "-loadvm" => drop(arguments.next()),
+            "-daemonize" => {}
+            _ => kept.push(argument.clone()),
+        }
+    }
+    kept
+}
+
 /// An option as QEMU takes it, with one dash.
-fn bare(argument: &str) -> &str {
+pub(super) fn bare(argument: &str) -> &str {
     if argument.starts_with("--") { &argument[1..] } else { argument }
 }
 
 fn path_for<'a>(disks: &'a [(String, PathBuf)], slot: &str) -> Option<&'a PathBuf> {
     disks.iter().find(|(s, _)| s == slot).map(|(_, p)| p)
-}
-
-/// A value within `key=value,...`: commas are doubled.
-fn escaped(value: &str) -> String {
-    value.replace(',', ",,")
 }
 
 fn renamed(argument: &str, name: &str) -> String {
@@ -251,16 +307,6 @@ fn rename_files(text: &str, old: &str, new: &str) -> String {
     text.replace(&format!("/{old}."), &format!("/{new}."))
 }
 
-fn without_backing(argument: &str) -> String {
-    if let Ok(serde_json::Value::Object(mut object)) = serde_json::from_str(argument) {
-        object.remove("backing");
-        return serde_json::Value::Object(object).to_string();
-    }
-    let kept =
-        argument.split(',').filter(|p| !p.starts_with("backing=") && !p.starts_with("backing."));
-    kept.collect::<Vec<_>>().join(",")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -271,7 +317,7 @@ mod tests {
             "11111111-2222-3333-4444-555555555555",
             "-blockdev", "driver=file,node-name=f0,filename=/srv/web.qcow2",
             "-blockdev", r#"{"driver":"qcow2","node-name":"d0","backing":"base","file":{"driver":"file","filename":"/srv/web.qcow2"}}"#,
-            "-drive", "file=/srv/web.qcow2.old,format=raw",
+            "-device", "virtio-blk-pci,id=disk0,drive=d0",
             "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:aa:bb:cc",
             "-chardev", "socket,id=q,path=/run/a/web.qmp,server=on,wait=off",
             "-chardev", "socket,id=s,path=/run/c/web.steer,server=on",
@@ -294,6 +340,7 @@ mod tests {
                 format: "qcow2".into(),
                 size: 1,
             }],
+            aside: false,
         }
     }
 
@@ -308,19 +355,14 @@ mod tests {
             sockets: Path::new("/run/b"),
             disks: &disks,
             disconnect: false,
+            folder: Path::new("/new"),
+            in_place: false,
         };
-        let made = definition(&[]).rewritten(&wanted).expect("rewritten");
+        let made = definition(&[]).rewritten(&wanted).expect("rewritten").definition;
         let line = made.argv.join(" ");
         assert!(line.contains("guest=web copy,debug-threads=on"), "{line}");
-        assert!(
-            line.contains("filename=/new/a,,b.qcow2")
-                && line.contains(r#""filename":"/new/a,b.qcow2""#),
-            "{line}"
-        );
-        assert!(
-            line.contains("/srv/web.qcow2.old"),
-            "another path that begins alike stays: {line}"
-        );
+        assert!(line.contains(r#""filename":"/new/a,b.qcow2""#), "{line}");
+        assert!(!line.contains("/srv/web.qcow2"), "{line}");
         assert!(!line.contains("backing"), "{line}");
         assert!(
             line.contains("path=/run/b/web_copy.qmp") && line.contains("/run/c/web_copy.steer"),
@@ -345,6 +387,8 @@ mod tests {
             sockets: Path::new("/"),
             disks: &[],
             disconnect: false,
+            folder: Path::new("/new"),
+            in_place: false,
         };
         for argument in ["tap,fd=27,id=n0", "tap,fd=27", "driver=file,filename=/dev/fdset/3"] {
             let refused =
@@ -354,7 +398,32 @@ mod tests {
         // What connects an adapter is not needed where none is connected.
         let alone = Wanted { disconnect: true, ..wanted };
         let made = definition(&["-netdev", "tap,fd=27,id=n0"]).rewritten(&alone).expect("made");
+        let made = made.definition;
         assert!(made.argv.contains(&"hubport,hubid=1000,id=n0".to_owned()), "{:?}", made.argv);
         assert!(Definition::parse(b"{}").is_err());
+    }
+
+    #[test]
+    fn what_no_vm_can_be_made_of_is_known_when_it_is_backed_up() {
+        assert_eq!(definition(&[]).obstacle(), None);
+        assert_eq!(definition(&["-chardev", "socket,fd=3"]).obstacle(), None, "libvirt's own");
+        let unread = Definition { argv: Vec::new(), ..definition(&[]) };
+        let why = unread.obstacle().expect("nothing to start");
+        assert!(why.contains("/proc/PID/cmdline"), "{why}");
+        let mut moved = definition(&[]);
+        moved.disks[0].path = "/srv/snapshot.qcow2".into();
+        let why = moved.obstacle().expect("it has another image");
+        assert!(why.contains("disk0") && why.contains("/srv/snapshot.qcow2"), "{why}");
+    }
+
+    #[test]
+    fn a_vm_that_is_set_aside_is_itself_and_waits_for_no_migration() {
+        let aside = definition(&[]).set_aside().expect("readable");
+        let line = aside.argv.join(" ");
+        assert!(line.contains("/srv/web.qcow2") && line.contains("11111111"), "{line}");
+        assert!(!line.contains("-incoming") && !line.contains("-daemonize"), "{line}");
+        let text = serde_json::to_vec(&aside).expect("written");
+        assert_eq!(Definition::parse(&text), Ok(aside));
+        assert!(definition(&["-netdev", "tap,fd=27"]).set_aside().is_err());
     }
 }

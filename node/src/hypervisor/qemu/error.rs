@@ -85,6 +85,17 @@ pub enum QemuError {
         /// Why.
         reason: String,
     },
+    /// A VM that could not be brought back, and so is not replaced.
+    #[error(
+        "VM {vm:?} is not replaced, since it could not be brought back if the restored one fails: {reason}. Restore under another \
+         name, or remove the VM through the program that started it and restore then"
+    )]
+    NotReplaced {
+        /// Name.
+        vm: String,
+        /// Why.
+        reason: String,
+    },
     /// A name that is taken in the sockets folder.
     #[error(
         "{} exists: a VM of this name is defined on this host; restore under another name, or remove that file",

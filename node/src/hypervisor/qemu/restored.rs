@@ -9,13 +9,17 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::Qemu;
+use super::blocks::{self, Disk};
 use super::checkpoint::Open;
-use super::definition::{self, DefinedDisk, Definition, FORMAT, Wanted};
+use super::definition::{self, DefinedDisk, Definition, FORMAT, Rewritten, Wanted};
 use super::error::QemuError;
 use super::machine::Machine;
 use super::process;
 use crate::hypervisor::facts::Format;
-use crate::hypervisor::{DiskSeen, NewVm, Power, ReplicaRole, VmSeen};
+use crate::hypervisor::{
+    Defined, DiskAside, DiskSeen, HypervisorError, NewVm, Power, ReplicaRole, SetAside, VmSeen,
+};
+use crate::lease::Lease;
 
 /// How long a QEMU may take to show up, and to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -28,21 +32,26 @@ impl Qemu {
         machine: &Machine,
         open: &Open,
     ) -> Result<PathBuf, QemuError> {
+        let definition = self.definition_of(machine, open);
+        self.write_down(machine.vm, &definition)
+    }
+
+    /// A VM as its process is, with the disks of a checkpoint.
+    pub(super) fn definition_of(&self, machine: &Machine, open: &Open) -> Definition {
+        self.running(machine, open.disks.iter().map(|of| &of.disk))
+    }
+
+    /// A VM as its process is.
+    fn running<'a>(&self, machine: &Machine, disks: impl Iterator<Item = &'a Disk>) -> Definition {
         let (argv, cwd) = process::started_with(machine.qmp.peer());
-        if argv.is_empty() {
-            tracing::warn!(
-                vm = machine.name,
-                "the command line of its process cannot be read: the agent needs the rights of its user"
-            );
-        }
-        let disks = open.disks.iter().map(|of| DefinedDisk {
-            slot: of.disk.slot.clone(),
-            path: of.disk.image.to_string_lossy().into_owned(),
-            format: of.disk.format.clone(),
-            size: of.disk.size,
+        let disks = disks.map(|disk| DefinedDisk {
+            slot: disk.slot.clone(),
+            path: disk.image.to_string_lossy().into_owned(),
+            format: disk.format.clone(),
+            size: disk.size,
         });
         let qmp = machine.qmp.socket().to_owned();
-        let definition = Definition {
+        Definition {
             format: FORMAT.into(),
             name: machine.name.clone(),
             uuid: machine.vm.0,
@@ -51,11 +60,15 @@ impl Qemu {
             qga: qmp.with_extension("qga"),
             qmp,
             disks: disks.collect(),
-        };
-        let folder = self.scratch.join("definitions").join(machine.vm.to_string());
+            aside: false,
+        }
+    }
+
+    fn write_down(&self, vm: VmGuid, definition: &Definition) -> Result<PathBuf, QemuError> {
+        let folder = self.scratch.join("definitions").join(vm.to_string());
         let path = folder.join(definition::FILE);
         std::fs::create_dir_all(&folder)
-            .and_then(|()| std::fs::write(&path, as_text(&definition)))
+            .and_then(|()| std::fs::write(&path, as_text(definition)))
             .map_err(failed("write", &path))?;
         Ok(path)
     }
@@ -112,38 +125,99 @@ impl Qemu {
             .collect()
     }
 
-    /// Makes a VM's definition out of a recovery point's.
-    pub(super) fn define(&self, new: &NewVm) -> Result<VmGuid, QemuError> {
+    /// What a VM's definition becomes on this host; makes nothing.
+    ///
+    /// # Errors
+    /// All that [`Self::define`] would refuse.
+    pub(super) fn plan(&self, new: &NewVm) -> Result<Rewritten, QemuError> {
         let unusable =
             |reason: String| QemuError::Definition { path: new.definition.clone(), reason };
         let text = std::fs::read(&new.definition).map_err(failed("read", &new.definition))?;
         let original = Definition::parse(&text).map_err(unusable)?;
-        let uuid = if new.keep_guid { original.uuid } else { Uuid::new_v4() };
-        let wanted = Wanted {
-            name: &new.name,
-            uuid,
-            sockets: self.fleet.folder(),
-            disks: &new.disks,
-            disconnect: new.networks.disconnect,
+        let planned = if original.aside {
+            Rewritten { definition: original, copies: Vec::new(), notes: Vec::new() }
+        } else {
+            let uuid = if new.keep_guid { original.uuid } else { Uuid::new_v4() };
+            let wanted = Wanted {
+                name: &new.name,
+                uuid,
+                sockets: self.fleet.folder(),
+                disks: &new.disks,
+                disconnect: new.networks.disconnect,
+                folder: &new.folder,
+                in_place: new.keep_guid && new.replaces == Some(VmGuid(original.uuid)),
+            };
+            original.rewritten(&wanted).map_err(unusable)?
         };
-        let made = original.rewritten(&wanted).map_err(unusable)?;
-        let path = made.qmp.with_extension("json");
-        let listens = std::os::unix::net::UnixStream::connect(&made.qmp).is_ok();
-        if listens {
-            return Err(QemuError::NameTaken { path: made.qmp });
+        let made = &planned.definition;
+        // Whoever is to be replaced is in nobody's way.
+        let replaced = new.replaces.and_then(|old| self.fleet.find(old));
+        let is_replaced = replaced.is_some_and(|old| old.qmp.socket() == made.qmp);
+        if !is_replaced && std::os::unix::net::UnixStream::connect(&made.qmp).is_ok() {
+            return Err(QemuError::NameTaken { path: made.qmp.clone() });
         }
-        let mut options = std::fs::File::options();
-        let mut file = match options.write(true).create_new(true).open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                return Err(QemuError::NameTaken { path });
+        let path = file_of(made);
+        let old = new.replaces.and_then(|old| self.definition(old));
+        if path.exists() && old.is_none_or(|(file, _)| file != path) {
+            return Err(QemuError::NameTaken { path });
+        }
+        for (from, _) in &planned.copies {
+            if let Err(e) = std::fs::File::open(from) {
+                return Err(unusable(format!(
+                    "the firmware's variables {} cannot be copied ({e}): copy that file to this host, or a fresh one of the \
+                     firmware's package",
+                    from.display()
+                )));
             }
-            Err(e) => return Err(failed("make", &path)(e)),
+        }
+        Ok(planned)
+    }
+
+    /// Makes a VM's definition out of a recovery point's.
+    pub(super) fn define(&self, new: &NewVm) -> Result<Defined, QemuError> {
+        let Rewritten { definition, copies, notes } = self.plan(new)?;
+        for (from, to) in &copies {
+            std::fs::copy(from, to).map_err(failed("copy the firmware's variables to", to))?;
+        }
+        write_new(&definition)?;
+        Ok(Defined { vm: VmGuid(definition.uuid), mended: notes })
+    }
+
+    /// Stops a VM that is to be replaced. Before that, its definition is where a start finds it.
+    pub(super) async fn put_aside(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+    ) -> Result<SetAside, HypervisorError> {
+        let known = self.definition(vm).map(|(_, definition)| definition);
+        let Some(machine) = self.fleet.find(vm) else {
+            let known = known.ok_or(HypervisorError::NoSuchVm { vm })?;
+            let disks = known.disks.iter().map(|d| aside(vm, &d.slot, Path::new(&d.path)));
+            let (disks, name) = (disks.collect(), known.name.clone());
+            let kept = Definition { aside: true, ..known };
+            let config = vec![self.write_down(vm, &kept)?];
+            return Ok(SetAside { config, disks, name, ..SetAside::default() });
         };
-        std::io::Write::write_all(&mut file, &as_text(&made))
-            .and_then(|()| file.sync_all())
-            .map_err(failed("write", &path))?;
-        Ok(VmGuid(uuid))
+        let found = machine.disks().await.map_err(QemuError::from)?;
+        let ran = machine.run_state().await.map_err(QemuError::from)? == "running";
+        let name = machine.name.clone();
+        let unusable = |reason| QemuError::NotReplaced { vm: name.clone(), reason };
+        let kept = self.running(&machine, found.iter()).set_aside().map_err(unusable)?;
+        let config = vec![self.write_down(vm, &kept)?];
+        if known.is_none() {
+            write_new(&kept)?;
+        }
+        // Asked again: reading took its time.
+        lease.may_mutate()?;
+        if let Err(e) = self.power_off(vm).await {
+            // What it is called does not outlive that it runs.
+            if known.is_none() && self.fleet.find(vm).is_some() {
+                self.forget(vm)?;
+            }
+            return Err(e.into());
+        }
+        let disks = found.iter().map(|d| aside(vm, &d.slot, &d.image)).collect();
+        Ok(SetAside { config, disks, name, ran, ..SetAside::default() })
     }
 
     /// Starts a defined VM and waits until it runs.
@@ -204,6 +278,31 @@ impl Qemu {
         let late = |_| QemuError::TooLong { doing: doing.to_owned(), waited: PATIENCE };
         tokio::time::timeout(PATIENCE, seen).await.map_err(late)
     }
+}
+
+fn aside(vm: VmGuid, slot: &str, file: &Path) -> DiskAside {
+    DiskAside { slot: slot.to_owned(), file: file.to_owned(), id: Some(blocks::disk_id(vm, slot)) }
+}
+
+/// The file of a definition in the sockets folder.
+fn file_of(definition: &Definition) -> PathBuf {
+    definition.qmp.with_extension("json")
+}
+
+/// Writes a definition where a start finds it, durably.
+fn write_new(definition: &Definition) -> Result<(), QemuError> {
+    let path = file_of(definition);
+    let mut options = std::fs::File::options();
+    let mut file = match options.write(true).create_new(true).open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+            return Err(QemuError::NameTaken { path });
+        }
+        Err(e) => return Err(failed("make", &path)(e)),
+    };
+    std::io::Write::write_all(&mut file, &as_text(definition))
+        .and_then(|()| file.sync_all())
+        .map_err(failed("write", &path))
 }
 
 fn as_text(definition: &Definition) -> Vec<u8> {

@@ -4,4 +4,5 @@
 mod boot;
 mod jobs;
 mod real;
+mod replace;
 mod scripted;

@@ -31,17 +31,17 @@ const CHUNK: u32 = 64 << 10;
 const LEAF: u64 = 128 * CHUNK as u64;
 
 /// A fabric in memory, hosts in a folder, and one VM.
-struct World {
-    folder: tempfile::TempDir,
+pub(super) struct World {
+    pub(super) folder: tempfile::TempDir,
     fabric: FabricId,
     store: MemoryStore,
-    coordinator: MemoryCoordinator,
-    guid: VmGuid,
+    pub(super) coordinator: MemoryCoordinator,
+    pub(super) guid: VmGuid,
     vm_wait: Duration,
 }
 
-struct Attempt {
-    task: JoinHandle<bool>,
+pub(super) struct Attempt {
+    pub(super) task: JoinHandle<bool>,
     lease: Lease,
     sources: Sources,
 }
@@ -57,7 +57,7 @@ impl Attempt {
 }
 
 impl World {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             folder: tempfile::tempdir().expect("a folder"),
             fabric: FabricId::random(),
@@ -68,16 +68,16 @@ impl World {
         }
     }
 
-    fn host(&self, name: &str) -> Host {
+    pub(super) fn host(&self, name: &str) -> Host {
         Host::new(&self.path(name), self.fabric)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// An image with content that no two chunks share.
-    fn image(&self, size: u64) -> PathBuf {
+    pub(super) fn image(&self, size: u64) -> PathBuf {
         let (raw, path) = (self.path("content"), self.path("a.qcow2"));
         let mut content = vec![0; usize::try_from(size).expect("small")];
         blake3::Hasher::new().update(b"content").finalize_xof().fill(&mut content);
@@ -95,7 +95,7 @@ impl World {
     }
 
     /// A whole backup: the job, and what it committed.
-    async fn backed_up(&self, agent: &Arc<Qemu>, epoch: u64) -> (JobId, CommitRequest) {
+    pub(super) async fn backed_up(&self, agent: &Arc<Qemu>, epoch: u64) -> (JobId, CommitRequest) {
         let (job, point) = (JobId::random(), PointId::random());
         self.ends_well(self.attempt(agent, job, point, epoch)).await;
         (job, self.commit(job))
@@ -107,7 +107,7 @@ impl World {
         until("a part is stored", stored).await;
     }
 
-    fn commit(&self, job: JobId) -> CommitRequest {
+    pub(super) fn commit(&self, job: JobId) -> CommitRequest {
         self.coordinator.with(|d| d.commits[&job.to_string()].clone())
     }
 
@@ -122,7 +122,30 @@ impl World {
         restore::fetch_manifest(&self.reader(), id).await.expect("the manifest opens")
     }
 
-    fn attempt(&self, agent: &Arc<Qemu>, job: JobId, point: PointId, epoch: u64) -> Attempt {
+    pub(super) fn attempt(
+        &self,
+        agent: &Arc<Qemu>,
+        job: JobId,
+        point: PointId,
+        epoch: u64,
+    ) -> Attempt {
+        let work = Work::Backup(BackupWork {
+            kind: BackupKind::Incremental.into(),
+            wanted: Consistency::Crash.into(),
+            minimum: Consistency::Crash.into(),
+            point_id: point.to_string(),
+            ..BackupWork::default()
+        });
+        self.attempt_at(agent, job, epoch, work)
+    }
+
+    pub(super) fn attempt_at(
+        &self,
+        agent: &Arc<Qemu>,
+        job: JobId,
+        epoch: u64,
+        work: Work,
+    ) -> Attempt {
         let clock = Arc::new(SystemClock::new());
         let hour = Duration::from_secs(3600);
         let lease = Lease::granted(job, LeaseEpoch(epoch), hour, false, clock.clone());
@@ -162,20 +185,14 @@ impl World {
             vm: Some((&key).into()),
             vm_name: "web".into(),
             chunk_size: CHUNK,
-            work: Some(Work::Backup(BackupWork {
-                kind: BackupKind::Incremental.into(),
-                wanted: Consistency::Crash.into(),
-                minimum: Consistency::Crash.into(),
-                point_id: point.to_string(),
-                ..BackupWork::default()
-            })),
+            work: Some(work),
             ..JobLease::default()
         };
         let task = tokio::spawn(async move { job::run(context, message).await });
         Attempt { task, lease, sources }
     }
 
-    async fn ends_well(&self, attempt: Attempt) {
+    pub(super) async fn ends_well(&self, attempt: Attempt) {
         let ended = tokio::time::timeout(Duration::from_secs(120), attempt.task).await;
         let good = ended.expect("ends in time").expect("no panic");
         assert!(good, "{:?}", self.coordinator.with(|d| d.finished.last().cloned()));

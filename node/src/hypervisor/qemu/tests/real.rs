@@ -236,7 +236,7 @@ fn all(bytes: &[u8], byte: u8) -> bool {
     bytes.iter().all(|b| *b == byte)
 }
 
-async fn seen(agent: &Arc<Qemu>, guid: VmGuid) {
+pub(super) async fn seen(agent: &Arc<Qemu>, guid: VmGuid) {
     until("the agent sees the VM", || async { agent.fleet.find(guid) }).await;
 }
 
