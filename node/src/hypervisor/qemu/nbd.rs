@@ -53,15 +53,26 @@ pub(super) struct Nbd {
     /// Id of the meta context that was asked for.
     context: Option<u32>,
     handle: u64,
+    /// How long the server may be silent.
+    patience: Duration,
 }
 
 impl Nbd {
     /// Connects to an export. With `context`, that meta context must be there.
     pub(super) fn connect(socket: &Path, export: &str, context: Option<&str>) -> io::Result<Self> {
+        Self::connect_with(socket, export, context, SILENCE)
+    }
+
+    fn connect_with(
+        socket: &Path,
+        export: &str,
+        context: Option<&str>,
+        patience: Duration,
+    ) -> io::Result<Self> {
         let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(SILENCE))?;
-        stream.set_write_timeout(Some(SILENCE))?;
-        let mut nbd = Self { stream, size: 0, context: None, handle: 0 };
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
+        let mut nbd = Self { stream, size: 0, context: None, handle: 0, patience };
         nbd.negotiate(export, context).map_err(|e| {
             io::Error::new(e.kind(), format!("NBD export {export:?} at {}: {e}", socket.display()))
         })?;
@@ -177,10 +188,13 @@ impl Nbd {
         Ok(())
     }
 
-    /// Makes what was written durable.
+    /// Makes what was written durable, however long the storage takes; a server that ends is noticed.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         self.request(command::FLUSH, 0, 0)?;
-        self.acknowledged()
+        self.stream.set_read_timeout(None)?;
+        let flushed = self.acknowledged();
+        self.stream.set_read_timeout(Some(self.patience))?;
+        flushed
     }
 
     /// Says good-bye.
@@ -399,4 +413,80 @@ fn refused(code: u32, text: &str) -> io::Error {
     let meaning = io::Error::from_raw_os_error(i32::try_from(code).unwrap_or(5));
     let text = if text.is_empty() { "the NBD server gave no reason" } else { text };
     io::Error::new(meaning.kind(), format!("{text} ({meaning})"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+
+    /// A server that acknowledges a request when it is told to.
+    fn slow(socket: &Path, go: mpsc::Receiver<()>) {
+        let listener = UnixListener::bind(socket).expect("listens");
+        std::thread::spawn(move || {
+            let (mut peer, _) = listener.accept().expect("a client");
+            peer.write_all(&MAGIC.to_be_bytes()).expect("sent");
+            peer.write_all(&OPTION.to_be_bytes()).expect("sent");
+            peer.write_all(&1_u16.to_be_bytes()).expect("sent");
+            let mut flags = [0; 4];
+            peer.read_exact(&mut flags).expect("read");
+            loop {
+                let mut head = [0; 16];
+                peer.read_exact(&mut head).expect("an option");
+                let option = u32::from_be_bytes(head[8..12].try_into().expect("four"));
+                let length = u32::from_be_bytes(head[12..].try_into().expect("four"));
+                let mut data = vec![0; length as usize];
+                peer.read_exact(&mut data).expect("read");
+                let mut reply = |kind: u32, data: &[u8]| {
+                    let mut bytes = OPTION_REPLY.to_be_bytes().to_vec();
+                    bytes.extend(option.to_be_bytes());
+                    bytes.extend(kind.to_be_bytes());
+                    bytes.extend((data.len() as u32).to_be_bytes());
+                    bytes.extend(data);
+                    peer.write_all(&bytes).expect("sent");
+                };
+                if option == option::GO {
+                    // The export's size and flags.
+                    reply(3, &[0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 1]);
+                    reply(1, &[]);
+                    break;
+                }
+                reply(1, &[]);
+            }
+            while go.recv().is_ok() {
+                let mut request = [0; 28];
+                if peer.read_exact(&mut request).is_err() {
+                    return;
+                }
+                let mut answer = SIMPLE.to_be_bytes().to_vec();
+                answer.extend([0; 4]);
+                answer.extend(&request[8..16]);
+                peer.write_all(&answer).expect("sent");
+            }
+        });
+    }
+
+    #[test]
+    fn a_flush_may_take_longer_than_anything_else() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let socket = dir.path().join("s");
+        let (go, may_go) = mpsc::channel();
+        slow(&socket, may_go);
+        let patience = Duration::from_millis(50);
+        let mut nbd = Nbd::connect_with(&socket, "", None, patience).expect("connected");
+        let answering = std::thread::spawn(move || {
+            std::thread::sleep(10 * patience);
+            go.send(()).expect("it waits");
+            go
+        });
+        nbd.flush().expect("flushed, late");
+        // Everything else may not.
+        let _go = answering.join().expect("no panic");
+        let late = nbd.write(0, b"x").expect_err("nobody answers");
+        assert!(
+            matches!(late.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut),
+            "{late}"
+        );
+    }
 }

@@ -16,6 +16,8 @@ use crate::restore::NewDisk;
 
 /// How long `qemu-nbd` may take to listen, and to end.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Bytes written between two flushes: what a server, or the system, keeps in memory and has to write out at the end.
+const UNFLUSHED: u64 = 1 << 30;
 
 /// An empty disk of the format that its file name tells.
 pub(super) fn create(path: &Path, disk: &DiskManifest) -> Result<Box<dyn NewDisk>, DiskError> {
@@ -25,18 +27,38 @@ pub(super) fn create(path: &Path, disk: &DiskManifest) -> Result<Box<dyn NewDisk
     } else {
         let file = File::options().write(true).create_new(true).open(path).map_err(failed)?;
         file.set_len(disk.size).map_err(failed)?;
-        Ok(Box::new(Raw { file, path: path.to_owned() }))
+        Ok(Box::new(Raw { file, path: path.to_owned(), written: Written::default() }))
+    }
+}
+
+/// What was written since the last flush.
+#[derive(Default)]
+struct Written(u64);
+
+impl Written {
+    /// Whether it is time to flush, after so many bytes more.
+    fn is_much(&mut self, more: usize) -> bool {
+        self.0 += more as u64;
+        let much = self.0 >= UNFLUSHED;
+        if much {
+            self.0 = 0;
+        }
+        much
     }
 }
 
 struct Raw {
     file: File,
     path: PathBuf,
+    written: Written,
 }
 
 impl NewDisk for Raw {
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        let written = self.file.write_all_at(bytes, offset);
+        let mut written = self.file.write_all_at(bytes, offset);
+        if written.is_ok() && self.written.is_much(bytes.len()) {
+            written = self.file.sync_data();
+        }
         written.map_err(|source| DiskError::Io { path: self.path.clone(), op: "write", source })
     }
 
@@ -50,6 +72,7 @@ struct Qcow2 {
     path: PathBuf,
     /// Taken when it is finished.
     nbd: Option<Nbd>,
+    written: Written,
     server: Server,
 }
 
@@ -101,7 +124,8 @@ impl Qcow2 {
                 disk.size
             )));
         }
-        Ok(Self { path: path.to_owned(), nbd: Some(nbd), server })
+        let written = Written::default();
+        Ok(Self { path: path.to_owned(), nbd: Some(nbd), written, server })
     }
 
     fn close(&mut self) -> io::Result<()> {
@@ -127,6 +151,9 @@ impl Qcow2 {
 impl NewDisk for Qcow2 {
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         let written = match &mut self.nbd {
+            Some(nbd) if self.written.is_much(bytes.len()) => {
+                nbd.write(offset, bytes).and_then(|()| nbd.flush())
+            }
             Some(nbd) => nbd.write(offset, bytes),
             None => Err(io::ErrorKind::NotConnected.into()),
         };
@@ -199,5 +226,17 @@ mod tempfile_folder {
             // Only a socket is in it.
             let _ = std::fs::remove_dir_all(&self.0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_holds_a_gib_and_no_more() {
+        let mut written = Written::default();
+        let flushes = (0..5 * 1024).filter(|_| written.is_much(1 << 20)).count();
+        assert_eq!(flushes, 5);
     }
 }
