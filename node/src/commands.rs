@@ -3,6 +3,9 @@
 //! A policy comes from the coordinators; what runs comes from this host's own configuration alone. No shell, no arguments from
 //! elsewhere: what is known of the job stands in the environment.
 
+#[cfg(windows)]
+mod job_object;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -77,8 +80,8 @@ pub async fn run(command: &Permitted, environment: &[(&'static str, String)]) ->
         output,
         took: started.elapsed(),
     };
-    let child = match spawn(command, environment) {
-        Ok(child) => child,
+    let mut tree = match spawn(command, environment) {
+        Ok(tree) => tree,
         Err(e) => {
             return ended(
                 false,
@@ -87,7 +90,6 @@ pub async fn run(command: &Permitted, environment: &[(&'static str, String)]) ->
             );
         }
     };
-    let mut tree = Tree { child, done: false };
     let (mut out, mut err) = (Tail::default(), Tail::default());
     let (stdout, stderr) = (tree.child.stdout.take(), tree.child.stderr.take());
     let mut reading = Box::pin(
@@ -114,7 +116,7 @@ pub async fn run(command: &Permitted, environment: &[(&'static str, String)]) ->
         }
         Ok(Err(e)) => (false, format!("its end cannot be told: {e}")),
         Ok(Ok(status)) => {
-            tree.done = true;
+            tree.leave();
             match (status.success(), status.code()) {
                 (true, _) => (true, "ok".to_owned()),
                 (false, Some(code)) => (false, format!("it ended with exit code {code}")),
@@ -131,7 +133,7 @@ pub async fn run(command: &Permitted, environment: &[(&'static str, String)]) ->
     ended(good, how, output)
 }
 
-fn spawn(command: &Permitted, environment: &[(&'static str, String)]) -> std::io::Result<Child> {
+fn spawn(command: &Permitted, environment: &[(&'static str, String)]) -> std::io::Result<Tree> {
     let mut process = Command::new(&command.program);
     process
         .args(&command.arguments)
@@ -149,8 +151,18 @@ fn spawn(command: &Permitted, environment: &[(&'static str, String)]) -> std::io
         process.env(name, value.replace('\0', ""));
     }
     #[cfg(unix)]
-    process.process_group(0);
-    process.spawn()
+    {
+        process.process_group(0);
+        Ok(Tree { child: process.spawn()?, done: false })
+    }
+    #[cfg(windows)]
+    {
+        // It does not run before it is in the job: whatever it starts is in it, too.
+        process.creation_flags(job_object::SUSPENDED);
+        let child = process.spawn()?;
+        let job = job_object::JobObject::of(&child)?;
+        Ok(Tree { child, job, done: false })
+    }
 }
 
 fn shown(program: &Path) -> String {
@@ -164,6 +176,9 @@ fn humantime_of(time: Duration) -> String {
 /// A process and all that it started.
 struct Tree {
     child: Child,
+    /// Dropping it ends all that is in it.
+    #[cfg(windows)]
+    job: job_object::JobObject,
     done: bool,
 }
 
@@ -172,24 +187,21 @@ impl Tree {
         #[cfg(unix)]
         self.kill_group();
         #[cfg(windows)]
-        if let (Some(pid), Some(root)) = (self.child.id(), std::env::var_os("SystemRoot")) {
-            // Ends the children, too, which TerminateProcess does not.
-            let taskkill = Path::new(&root).join("System32").join("taskkill.exe");
-            let pid = pid.to_string();
-            let killed = Command::new(taskkill)
-                .args(["/T", "/F", "/PID", &pid])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .status()
-                .await;
-            if let Err(e) = killed {
-                tracing::warn!(error = %e, "what a command started may go on");
-            }
+        if let Err(e) = self.job.end() {
+            tracing::warn!(error = %e, "what a command started may go on");
         }
         // Dead already is what was wanted.
         let _ = self.child.kill().await;
         self.done = true;
+    }
+
+    /// It has ended by itself: what it left running may go on.
+    fn leave(&mut self) {
+        self.done = true;
+        #[cfg(windows)]
+        if let Err(e) = self.job.release() {
+            tracing::warn!(error = %e, "what a command left running ends with it");
+        }
     }
 
     #[cfg(unix)]
@@ -330,5 +342,119 @@ mod tests {
             parse("[commands.flush]\nprogram = \"/f\"\nshell = true").is_err(),
             "an unknown key"
         );
+    }
+}
+
+/// As Windows programs, under Wine, too. The programs are this very test program, told by its arguments which part to play.
+#[cfg(all(test, windows))]
+mod windows_tests {
+    use std::fs::OpenOptions;
+    use std::os::windows::fs::OpenOptionsExt;
+
+    use super::*;
+
+    const HELD: &str = "COMMAND_TEST_FILE";
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn part(name: &str, timeout: Duration) -> Permitted {
+        let name = format!("commands::windows_tests::{name}");
+        let arguments = ["--ignored", "--exact", "--nocapture"].map(str::to_owned);
+        Permitted {
+            program: std::env::current_exe().expect("this program"),
+            arguments: arguments.into_iter().chain([name]).collect(),
+            timeout,
+        }
+    }
+
+    fn start(name: &str) -> std::process::Child {
+        let part = part(name, LONG);
+        std::process::Command::new(part.program).args(part.arguments).spawn().expect("started")
+    }
+
+    /// The grandchild: holds a file that nobody else can open until it ends.
+    #[test]
+    #[ignore = "a part of other tests"]
+    fn leaf() {
+        let Some(file) = std::env::var_os(HELD) else { return };
+        let stop = Path::new(&file).with_extension("stop");
+        let _held = OpenOptions::new().create(true).write(true).share_mode(0).open(file);
+        let begun = std::time::Instant::now();
+        while !stop.exists() && begun.elapsed() < 3 * LONG {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    #[test]
+    #[ignore = "a part of other tests"]
+    fn parent_that_waits() {
+        println!("begun");
+        let _ = start("leaf").wait();
+    }
+
+    #[test]
+    #[ignore = "a part of other tests"]
+    fn parent_that_ends() {
+        // Its output is not the parent's, which would be waited for.
+        let part = part("leaf", LONG);
+        let mut leaf = std::process::Command::new(part.program);
+        leaf.args(part.arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = leaf.spawn().expect("started");
+        let file = std::env::var_os(HELD).expect("told");
+        while !is_held(Path::new(&file)) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        drop(child);
+    }
+
+    fn is_held(file: &Path) -> bool {
+        file.exists() && OpenOptions::new().read(true).open(file).is_err()
+    }
+
+    async fn until(held: bool, file: &Path) {
+        let there = async {
+            while is_held(file) != held || held && !file.exists() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let what = if held { "the grandchild runs" } else { "the grandchild has ended" };
+        tokio::time::timeout(LONG, there).await.expect(what);
+    }
+
+    #[tokio::test]
+    async fn one_that_takes_too_long_is_ended_with_all_that_it_started() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("held");
+        let environment = [(HELD, file.display().to_string())];
+        let command = part("parent_that_waits", Duration::from_secs(15));
+        let (ended, ()) = tokio::join!(run(&command, &environment), until(true, &file));
+        assert!(!ended.good && ended.how.contains("killed after 15 s"), "{ended:?}");
+        assert!(ended.output.contains("begun"), "{ended:?}");
+        until(false, &file).await;
+    }
+
+    #[tokio::test]
+    async fn one_that_nobody_waits_for_any_more_is_ended_with_all_that_it_started() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("held");
+        let environment = [(HELD, file.display().to_string())];
+        let command = part("parent_that_waits", LONG);
+        tokio::select! {
+            ended = run(&command, &environment) => panic!("{ended:?}"),
+            () = until(true, &file) => {}
+        }
+        until(false, &file).await;
+    }
+
+    #[tokio::test]
+    async fn what_a_command_that_ended_left_running_goes_on() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("held");
+        let environment = [(HELD, file.display().to_string())];
+        let ended = run(&part("parent_that_ends", LONG), &environment).await;
+        assert!(ended.good, "{ended:?}");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(is_held(&file), "what it left running was ended");
+        std::fs::write(file.with_extension("stop"), "").expect("written");
+        until(false, &file).await;
     }
 }

@@ -41,7 +41,7 @@ use outrider_proto::wire::DecodeError;
 pub use parent::ParentTree;
 pub(crate) use parent::fetch_page;
 pub use plan::DiskPlan;
-pub use pool::{Pool, PoolError};
+pub use pool::{Pool, PoolError, Turns};
 pub use stats::{Stats, StatsSnapshot};
 pub use tree::TreeRoot;
 
@@ -135,6 +135,7 @@ pub struct Pipeline {
     store: Arc<dyn JobStore>,
     sealer: Sealer,
     pool: Pool,
+    turns: Turns,
     lease: Lease,
     stats: Arc<Stats>,
     bounds: Bounds,
@@ -199,6 +200,7 @@ impl Pipeline {
         Self {
             store,
             sealer,
+            turns: pool.turns(),
             pool,
             lease,
             stats,

@@ -13,6 +13,7 @@
 //! | [`far`] | a second simulated cluster in the same fabric |
 //! | [`operator`] | what an operator asks, typed; and the command line as it is typed |
 //! | [`http`] | metrics and health of a process |
+//! | [`install`] | the line that installs an agent |
 //! | [`judge`] | is the restore exact, is the host clean? |
 //! | [`real`] | the same fabric with real VMs: QEMU instead of the simulated cluster |
 //! | [`sabotage`] | power cuts and rot in a storage node's files |
@@ -24,6 +25,7 @@ pub mod config;
 pub mod fabric;
 pub mod far;
 pub mod http;
+pub mod install;
 pub mod judge;
 pub mod operator;
 pub mod process;

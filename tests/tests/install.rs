@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use outrider_process::identity::{Identity, Role};
 use outrider_proto::rpc::BackupKind;
 use outrider_tests::fabric::MIB;
+use outrider_tests::install::InstallLine;
 use outrider_tests::operator::{Outcome, run};
 use outrider_tests::process::Process;
 use outrider_tests::{Fabric, Plan, eventually};
@@ -45,14 +46,9 @@ fn files(root: &Path) -> Vec<PathBuf> {
 async fn one_line_installs_a_host_that_takes_backups_and_uninstalling_leaves_nothing() {
     let plan = Plan { unmanned: vec!["gamma".to_owned()], ..Plan::default() };
     let mut fabric = Fabric::start(plan).await;
-    let made = fabric.operator.cli(&["fabric", "token", "create", "--role", "node", "--json"]);
-    let token = made.json()["join"].as_str().expect("a token").to_owned();
+    let line = InstallLine::of(&mut fabric, "gamma").await.quiet();
     let root = fabric.dir().join("image");
     fs::create_dir(&root).expect("made");
-    let settings = fabric.dir().join("settings.toml");
-    let lab = fabric.lab_process.ready().await.addresses["lab"];
-    fs::write(&settings, format!("[lab]\naddress = \"{lab}\"\n")).expect("written");
-    let settings = settings.to_str().expect("Unicode").to_owned();
 
     // Without a token there is no identity, and nothing that a service could fail with.
     let outcome = outrider(&root, &["install", "--name", "gamma"]);
@@ -60,21 +56,7 @@ async fn one_line_installs_a_host_that_takes_backups_and_uninstalling_leaves_not
     assert!(outcome.stderr.contains("--join"), "{outcome:?}");
     assert!(!root.join(UNIT).exists());
 
-    let line = [
-        "install",
-        "--join",
-        &token,
-        "--name",
-        "gamma",
-        "--realm",
-        "cluster",
-        "--hypervisor",
-        "lab",
-        "--settings",
-        &settings,
-        "--quiet",
-    ];
-    let outcome = outrider(&root, &line);
+    let outcome = outrider(&root, &line.arguments());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert!(outcome.stderr.is_empty(), "quiet is quiet: {outcome:?}");
     assert_eq!(mode(&root.join(PROGRAM)), 0o755);
@@ -88,7 +70,7 @@ async fn one_line_installs_a_host_that_takes_backups_and_uninstalling_leaves_not
     assert_eq!((identity.peer().role, identity.peer().name.as_str()), (Role::Node, "gamma"));
 
     // Again: nothing changes, and no token is needed.
-    let outcome = outrider(&root, &["install", "--hypervisor", "lab", "--settings", &settings]);
+    let outcome = outrider(&root, &line.again());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert_eq!(outcome.json()["changed"].as_array().map(Vec::len), Some(0), "{outcome:?}");
     assert_eq!(outcome.json()["name"], "gamma");
@@ -122,7 +104,7 @@ async fn one_line_installs_a_host_that_takes_backups_and_uninstalling_leaves_not
     fs::write(root.join(PROGRAM), b"an older release").expect("written");
     let edited = fs::read_to_string(root.join(CONFIG)).expect("there") + "\n# mine\n";
     fs::write(root.join(CONFIG), &edited).expect("written");
-    let outcome = outrider(&root, &["install", "--hypervisor", "lab", "--settings", &settings]);
+    let outcome = outrider(&root, &line.again());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert_ne!(fs::read(root.join(PROGRAM)).expect("there"), b"an older release");
     assert_eq!(fs::read_to_string(root.join(CONFIG)).expect("there"), edited);
@@ -135,7 +117,7 @@ async fn one_line_installs_a_host_that_takes_backups_and_uninstalling_leaves_not
     left.sort();
     let kept = ["ca.pem", "cert.pem", "key.pem", "node.toml", "sign.pk8"];
     assert_eq!(left, kept.map(|name| Some(name.into())), "only what was to be kept");
-    let outcome = outrider(&root, &["install", "--hypervisor", "lab", "--settings", &settings]);
+    let outcome = outrider(&root, &line.again());
     assert_eq!(outcome.json()["name"], "gamma", "{outcome:?}");
     let outcome = outrider(&root, &["uninstall"]);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");

@@ -14,6 +14,7 @@ use outrider_process::clock::{Clock, SystemClock};
 use outrider_proto::ids::{JobId, LeaseEpoch, VmGuid};
 use outrider_proto::rpc::BackupKind;
 use outrider_tests::fabric::MIB;
+use outrider_tests::install::InstallLine;
 use outrider_tests::operator::{Outcome, run};
 use outrider_tests::process::Process;
 use outrider_tests::{Fabric, Plan, eventually};
@@ -157,28 +158,8 @@ fn files(root: &Path) -> Vec<PathBuf> {
 
 /// Joins as `gamma`, and runs the agent from the image.
 async fn joined(fabric: &mut Fabric, root: &Path) -> Process {
-    let made = fabric.operator.cli(&["fabric", "token", "create", "--role", "node", "--json"]);
-    let token = made.json()["join"].as_str().expect("a token").to_owned();
-    let lab = fabric.lab_process.ready().await.addresses["lab"];
-    let settings = fabric.dir().join("settings.toml");
-    fs::write(&settings, format!("[lab]\naddress = \"{lab}\"\n")).expect("written");
-    let settings = settings.to_str().expect("Unicode").to_owned();
-    let outcome = node(
-        root,
-        &[
-            "install",
-            "--join",
-            &token,
-            "--name",
-            "gamma",
-            "--realm",
-            "cluster",
-            "--hypervisor",
-            "lab",
-            "--settings",
-            &settings,
-        ],
-    );
+    let line = InstallLine::of(fabric, "gamma").await;
+    let outcome = node(root, &line.arguments());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     // The image is put into service: the same files, seen from here.
     let text = fs::read_to_string(root.join(CONFIG)).expect("a configuration");

@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use outrider_tests::install::InstallLine;
 use outrider_tests::operator::Outcome;
 use outrider_tests::{Fabric, Plan, eventually};
 
@@ -91,30 +92,11 @@ async fn the_agent_lives_and_leaves_as_a_service_of_windows() {
     let plan = Plan { unmanned: vec!["gamma".to_owned()], ..Plan::default() };
     let mut fabric = Fabric::start(plan).await;
     let machine = Machine::new(fabric.dir(), program);
-    let made = fabric.operator.cli(&["fabric", "token", "create", "--role", "node", "--json"]);
-    let token = made.json()["join"].as_str().expect("a token").to_owned();
-    let settings = fabric.dir().join("settings.toml");
-    let lab = fabric.lab_process.ready().await.addresses["lab"];
-    std::fs::write(&settings, format!("[lab]\naddress = \"{lab}\"\n")).expect("written");
-    let settings = windows_path(&settings);
+    let line = InstallLine::of(&mut fabric, "gamma").await.quiet().seen_as(windows_path);
 
     let outcome = machine.node(&["status"]);
     assert_eq!(outcome.code, Some(3), "nothing is installed: {outcome:?}");
-    let line = [
-        "install",
-        "--join",
-        &token,
-        "--name",
-        "gamma",
-        "--realm",
-        "cluster",
-        "--hypervisor",
-        "lab",
-        "--settings",
-        &settings,
-        "--quiet",
-    ];
-    let outcome = machine.node(&line);
+    let outcome = machine.node(&line.arguments());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert_eq!(outcome.json()["connected"], true, "{outcome:?}");
     fabric.plan.hosts.push("gamma".to_owned());
@@ -131,7 +113,7 @@ async fn the_agent_lives_and_leaves_as_a_service_of_windows() {
     );
 
     // Again: everything is there, the service goes on.
-    let outcome = machine.node(&["install", "--hypervisor", "lab", "--settings", &settings]);
+    let outcome = machine.node(&line.again());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert_eq!(outcome.json()["changed"].as_array().map(Vec::len), Some(0), "{outcome:?}");
 
@@ -157,7 +139,7 @@ async fn the_agent_lives_and_leaves_as_a_service_of_windows() {
     let outcome = machine.node(&["stop"]);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     std::fs::write(&installed, b"an older release").expect("written");
-    let outcome = machine.node(&["install", "--hypervisor", "lab", "--settings", &settings]);
+    let outcome = machine.node(&line.again());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert_ne!(std::fs::read(&installed).expect("there"), b"an older release");
     assert_eq!(std::fs::read(&key).expect("there"), made_key);

@@ -396,12 +396,12 @@ pub enum Access {
 }
 
 impl Access {
-    /// Of a FaultState: bits 1 redirected, 2 no access.
+    /// Of a FaultState: bits 1 redirected, 2 no access, 8 dismounted; 4, maintenance, says nothing of this host.
     #[must_use]
     pub fn of(fault_state: Option<u64>) -> Self {
         match fault_state {
             None => Self::Unknown,
-            Some(bits) if bits & 2 != 0 => Self::None,
+            Some(bits) if bits & (2 | 8) != 0 => Self::None,
             Some(bits) if bits & 1 != 0 => Self::Redirected,
             Some(_) => Self::Direct,
         }
@@ -496,6 +496,7 @@ mod tests {
         assert_eq!(Access::of(Some(0)), Access::Direct);
         assert_eq!(Access::of(Some(1)), Access::Redirected);
         assert_eq!(Access::of(Some(3)), Access::None);
+        assert_eq!(Access::of(Some(8)), Access::None);
         assert_eq!(Access::of(None), Access::Unknown);
     }
 }

@@ -266,7 +266,7 @@ pub(super) async fn open_disks(
     let mut disks = Vec::with_capacity(frozen.len());
     for disk in frozen {
         let (sources, path) = (context.sources.clone(), disk.path.clone());
-        let source = context.pool.run(move || sources.open(&path)).await??;
+        let source = context.pool.read(0, move || sources.open(&path)).await?.0?;
         let info = source.info().clone();
         // The base names the disk; a frozen leaf may be a user checkpoint's file.
         let base = source.files().last().cloned().unwrap_or_else(|| disk.path.clone());
@@ -449,7 +449,7 @@ async fn everything(
     excluded: &RangeSet,
 ) -> Result<JournalDisk, JobError> {
     let source = exclude::masked(disk.disk.clone(), &pairs(excluded));
-    let allocated = context.pool.run(move || source.allocated()).await??;
+    let allocated = context.pool.read(0, move || source.allocated()).await?.0?;
     Ok(JournalDisk {
         disk_id: disk.facts.disk,
         size: disk.facts.size,
@@ -487,7 +487,7 @@ async fn sample_unchanged(
         let plan = DiskPlan::incremental(list.size, chunk_size, &ranges(&list.to_read), root);
         let allocated = {
             let source = source.clone();
-            context.pool.run(move || source.allocated()).await??
+            context.pool.read(0, move || source.allocated()).await?.0?
         };
         let mut tree =
             ParentTree::new(context.store.clone(), context.sealer.clone(), root, plan.root_level());

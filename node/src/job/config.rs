@@ -43,7 +43,7 @@ impl ConfigSets {
         let mut config = Vec::new();
         for path in context.hypervisor.checkpoint_config(checkpoint).await? {
             let (files, file) = (context.hypervisor.files(), path.clone());
-            let size = context.pool.run(move || files.open_read(&file)?.len()).await?;
+            let size = context.pool.read(0, move || files.open_read(&file)?.len()).await?.0;
             let size = size.map_err(JobError::file("read", &path))?;
             let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
             let name = name.unwrap_or_default();
@@ -59,7 +59,9 @@ impl ConfigSets {
             let chunks = match size <= SMALL {
                 true => {
                     let (sources, file) = (context.sources.clone(), path.clone());
-                    let bytes = context.pool.run(move || sources.read_file(&file, SMALL)).await?;
+                    let read = move || sources.read_file(&file, SMALL);
+                    let (bytes, _budget) =
+                        context.pool.read(usize::try_from(size).unwrap_or(0), read).await?;
                     let bytes = bytes.map_err(JobError::file("read", &path))?;
                     if bytes.len() as u64 != size {
                         let changed = std::io::Error::other("its length changed while it was read");

@@ -67,9 +67,9 @@ pub(super) async fn find(
     }
     let mut searches = Vec::with_capacity(disks.len());
     for (slot, disk) in disks {
-        let _budget = context.pool.reserve(MEMORY).await;
         let leased: Arc<dyn ReadDisk> = Arc::new(Leased { disk, lease: context.lease.clone() });
-        let found = context.pool.run(move || page_files::search(leased, LIMITS)).await?;
+        let (found, _budget) =
+            context.pool.read(MEMORY, move || page_files::search(leased, LIMITS)).await?;
         context.lease.check()?;
         searches.push((slot, found));
     }

@@ -268,7 +268,7 @@ impl Layers {
             From::Nothing => {
                 let allocated = {
                     let source = source.clone();
-                    context.pool.run(move || source.allocated()).await??
+                    context.pool.read(0, move || source.allocated()).await?.0?
                 };
                 return Ok(DiskJob { source, plan: DiskPlan::full(size, chunk_size, &allocated) });
             }
@@ -293,7 +293,7 @@ impl Layers {
             let (source, step) = (source.clone(), step);
             let both =
                 move || source.decided(step.own).and_then(|own| Ok(own.union(&other(step.other)?)));
-            context.pool.run(both).await??
+            context.pool.read(0, both).await?.0?
         };
         let to_read = RangeSet::union(&decided, &masked);
         Ok(DiskJob { source, plan: DiskPlan::incremental(size, chunk_size, &to_read, known.id) })

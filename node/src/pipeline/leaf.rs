@@ -83,15 +83,15 @@ impl Pipeline {
         let lengths: Vec<usize> =
             (first..first + len).map(|c| plan.chunk_range(leaf, c).1).collect();
         let total: usize = lengths.iter().sum();
-        // Held until everything read here is sent: this is what bounds the agent's memory.
-        let _budget = self.pool.reserve(total).await;
         let source = self.disks[disk].source.clone();
         let sealer = self.sealer.clone();
+        let turn = self.turns.next().await;
         pace(source.as_ref(), total).await;
-        let read = self
-            .pool
-            .run(move || read_and_hash(&*source, offset, first, &lengths, |b| sealer.chunk_id(b)))
-            .await??;
+        let read = move || read_and_hash(&*source, offset, first, &lengths, |b| sealer.chunk_id(b));
+        // The budget is held until everything read here is sent: this is what bounds the agent's memory.
+        let (read, _budget) = self.pool.read(total, read).await?;
+        drop(turn);
+        let read = read?;
         Stats::add(&self.stats.read_bytes, total as u64);
         if earlier.is_some() {
             Stats::add(&self.stats.reread_bytes, total as u64);

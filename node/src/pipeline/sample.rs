@@ -51,20 +51,18 @@ pub async fn compare(
                 continue;
             }
             let (offset, length) = plan.chunk_range(leaf, child);
-            let _budget = pool.reserve(length).await;
             pace(source.as_ref(), length).await;
             let (source, sealer) = (source.clone(), sealer.clone());
-            let id = pool
-                .run(move || {
-                    let mut bytes = vec![0; length];
-                    source.read_at(offset, &mut bytes)?;
-                    Ok::<_, outrider_disk::DiskError>(if is_zero(&bytes) {
-                        ChunkId::HOLE
-                    } else {
-                        sealer.chunk_id(&bytes)
-                    })
+            let read = move || {
+                let mut bytes = vec![0; length];
+                source.read_at(offset, &mut bytes)?;
+                Ok::<_, outrider_disk::DiskError>(if is_zero(&bytes) {
+                    ChunkId::HOLE
+                } else {
+                    sealer.chunk_id(&bytes)
                 })
-                .await??;
+            };
+            let id = pool.read(length, read).await?.0?;
             found.chunks += 1;
             found.bytes += length as u64;
             if id != expected[child] {

@@ -9,11 +9,13 @@
 //! | `session` | one namespace as one thread sees it: queries, objects, methods |
 //! | `apartment` | threads that enter COM, run calls, and are replaced when a call never returns |
 //! | `events` | a thread a subscription |
+//! | `overflow` | when WMI loses events itself: pure, tested everywhere |
 //!
 //! No COM pointer ever leaves the thread that made it: calls travel to the threads as closures, answers come back as
 //! [`Object`](crate::Object)s.
 
 pub mod cim;
+pub mod overflow;
 pub mod path;
 pub mod status;
 

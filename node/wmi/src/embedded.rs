@@ -19,15 +19,25 @@ pub struct EmbeddedError {
 }
 
 /// Writes an object as `<INSTANCE>` text. References and embedded objects are written as text values; null properties
-/// are left out, which tells WMI to keep its default.
+/// are left out, which tells WMI to keep its default. Widths of numbers are guessed: for who knows the class there is
+/// [`to_text_as`].
 #[must_use]
 pub fn to_text(object: &Object) -> String {
+    to_text_as(object, |_| None)
+}
+
+/// As [`to_text`]; `cim` tells a property's CIM type ("uint16") where it is known. Providers of Hyper-V take exactly this
+/// much, with right types, from other programs (libvirt's `hyperv` driver writes no more); WMI's own text of an instance
+/// (`IWbemObjectTextSrc`, which Microsoft's samples use) says more.
+#[must_use]
+pub fn to_text_as(object: &Object, cim: impl Fn(&str) -> Option<&'static str>) -> String {
     let mut out = format!("<INSTANCE CLASSNAME=\"{}\">\n", escaped(&object.class));
     for (name, value) in object.iter() {
         match value {
             Value::Null => {}
             Value::Array(items) => {
-                let cim = items.first().map_or("string", |v| cim_type(name, v));
+                let guess = || items.first().map_or("string", |v| cim_type(name, v));
+                let cim = cim(name).unwrap_or_else(guess);
                 out += &format!(
                     "  <PROPERTY.ARRAY NAME=\"{}\" TYPE=\"{cim}\"><VALUE.ARRAY>",
                     escaped(name)
@@ -41,7 +51,7 @@ pub fn to_text(object: &Object) -> String {
                 out += &format!(
                     "  <PROPERTY NAME=\"{}\" TYPE=\"{}\"><VALUE>{}</VALUE></PROPERTY>\n",
                     escaped(name),
-                    cim_type(name, value),
+                    cim(name).unwrap_or_else(|| cim_type(name, value)),
                     escaped(&scalar(value))
                 );
             }
@@ -92,6 +102,20 @@ pub fn from_text(text: &str) -> Result<Object, EmbeddedError> {
                     object.set(&name, array.map_or(value, Value::Array));
                 }
             }
+            // What they hold has values of its own, which are not the property's.
+            (
+                "QUALIFIER" | "METHOD" | "VALUE.OBJECT" | "PROPERTY.OBJECT" | "PROPERTY.REFERENCE",
+                false,
+            ) => {
+                if !tag.empty {
+                    reader.skip(tag.name)?;
+                }
+            }
+            ("VALUE.NULL", false) => {
+                if let Some((_, _, Some(items), _)) = property.as_mut() {
+                    items.push(Value::Null);
+                }
+            }
             ("VALUE", false) => {
                 let raw = if tag.empty { String::new() } else { reader.text_until_tag()? };
                 if let Some((_, cim, array, value)) = property.as_mut() {
@@ -103,7 +127,7 @@ pub fn from_text(text: &str) -> Result<Object, EmbeddedError> {
                     }
                 }
             }
-            // Qualifiers and wrappers carry nothing we need.
+            // Wrappers carry nothing we need.
             _ => {}
         }
     }
@@ -144,6 +168,11 @@ fn typed(cim: &str, raw: String) -> Option<Value> {
             "false" => false,
             _ => return None,
         }),
+        "uint8" | "uint16" | "uint32" | "uint64" | "sint8" | "sint16" | "sint32" | "sint64"
+            if raw.trim().is_empty() =>
+        {
+            Value::Null
+        }
         "uint8" | "uint16" | "uint32" | "uint64" => Value::UInt(raw.trim().parse().ok()?),
         "sint8" | "sint16" | "sint32" | "sint64" => Value::Int(raw.trim().parse().ok()?),
         _ => Value::Str(raw),
@@ -223,6 +252,20 @@ impl<'a> Reader<'a> {
             let (name, attributes) = inner.split_once(char::is_whitespace).unwrap_or((inner, ""));
             return Ok(Some(Tag { name, attributes, closing, empty }));
         }
+    }
+
+    /// Passes over all that is in an element, its end tag included.
+    fn skip(&mut self, name: &str) -> Result<(), EmbeddedError> {
+        let mut open = 1_u32;
+        while open > 0 {
+            let tag = self.next_tag()?.ok_or_else(|| self.error("an element is not closed"))?;
+            match (tag.name == name, tag.closing) {
+                (true, true) => open -= 1,
+                (true, false) if !tag.empty => open += 1,
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn text_until_tag(&mut self) -> Result<String, EmbeddedError> {
@@ -310,6 +353,46 @@ mod tests {
         assert_eq!(object.array("Notes"), &[Value::from("a"), Value::from("é")]);
     }
 
+    /// WMI's own text of an instance: system properties, origins, qualifiers with values, objects within.
+    #[test]
+    fn the_text_that_wmi_itself_writes_is_understood() {
+        let text = r#"<INSTANCE CLASSNAME="Msvm_VirtualHardDiskSettingData">
+            <QUALIFIER NAME="dynamic" TYPE="boolean" TOSUBCLASS="false"><VALUE>TRUE</VALUE></QUALIFIER>
+            <PROPERTY NAME="__CLASS" CLASSORIGIN="___SYSTEM" TYPE="string"><VALUE>Msvm_VirtualHardDiskSettingData</VALUE></PROPERTY>
+            <PROPERTY NAME="Type" CLASSORIGIN="Msvm_VirtualHardDiskSettingData" TYPE="uint16">
+              <QUALIFIER NAME="CIMTYPE" TYPE="string" TOINSTANCE="true"><VALUE>uint16</VALUE></QUALIFIER>
+              <QUALIFIER NAME="ValueMap" TYPE="string"><VALUE.ARRAY><VALUE>2</VALUE><VALUE>3</VALUE></VALUE.ARRAY></QUALIFIER>
+              <VALUE>4</VALUE>
+            </PROPERTY>
+            <PROPERTY.OBJECT NAME="Inner" REFERENCECLASS="X"><VALUE.OBJECT><INSTANCE CLASSNAME="X">
+              <PROPERTY NAME="Type" TYPE="uint16"><VALUE>9</VALUE></PROPERTY></INSTANCE></VALUE.OBJECT></PROPERTY.OBJECT>
+            <PROPERTY.REFERENCE NAME="Where" REFERENCECLASS="Y"><VALUE.REFERENCE>Y.A="1"</VALUE.REFERENCE></PROPERTY.REFERENCE>
+            <PROPERTY NAME="ParentTimestamp" TYPE="uint32"><VALUE></VALUE></PROPERTY>
+            <PROPERTY.ARRAY NAME="Notes" TYPE="string"><VALUE.ARRAY><VALUE>a</VALUE><VALUE.NULL/></VALUE.ARRAY></PROPERTY.ARRAY>
+            <PROPERTY NAME="ParentPath" TYPE="string"><VALUE>C:\a &amp; b.vhdx</VALUE></PROPERTY>
+            </INSTANCE>"#;
+        let object = from_text(text).expect("an instance");
+        assert_eq!(object.u64("Type"), Some(4));
+        assert_eq!(object.str("ParentPath"), Some(r"C:\a & b.vhdx"));
+        assert_eq!(object.get("ParentTimestamp"), &Value::Null);
+        assert_eq!(object.array("Notes"), &[Value::from("a"), Value::Null]);
+    }
+
+    #[test]
+    fn types_are_those_of_the_class_where_they_are_known() {
+        let object = Object::new("C", "").with("A", 3_u16).with("B", vec![1_u32]).with("C", 5_u32);
+        let text = to_text_as(&object, |name| match name {
+            "A" => Some("uint16"),
+            "B" => Some("uint8"),
+            _ => None,
+        });
+        for part in
+            [r#"NAME="A" TYPE="uint16""#, r#"NAME="B" TYPE="uint8""#, r#"NAME="C" TYPE="uint32""#]
+        {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
     #[test]
     fn garbage_is_an_error_and_no_panic() {
         for text in [
@@ -320,6 +403,7 @@ mod tests {
             "<X/>",
             "<INSTANCE><PROPERTY NAME=\"a\" TYPE=\"uint8\"><VALUE>x</VALUE>",
             "<INSTANCE><PROPERTY NAME=\"a\"><VALUE>&bad;</VALUE>",
+            "<INSTANCE><QUALIFIER NAME=\"a\"><VALUE>b</VALUE>",
         ] {
             assert!(from_text(text).is_err(), "{text:?}");
         }

@@ -36,6 +36,15 @@ pub trait HostFiles: Send + Sync {
         Ok(None)
     }
 
+    /// What changed on a virtual disk of `size` bytes since a change tracking id, as offsets and lengths, by the system's own
+    /// means: where the provider's answer is of no use. `None` where the system has no such means.
+    ///
+    /// # Errors
+    /// The system's refusal.
+    fn changes(&self, _path: &Path, _id: &str, _size: u64) -> io::Result<Option<Vec<(u64, u64)>>> {
+        Ok(None)
+    }
+
     /// Gives the account of a virtual machine ("NT VIRTUAL MACHINE\\GUID") full control of a folder and all in it: a
     /// restored VM does not start without. Where hypervisors know no such accounts there is nothing to do.
     ///

@@ -179,14 +179,15 @@ async fn faults_come_as_often_as_told_and_in_the_shape_of_the_real_thing() {
     let calls = lab.control.call_log(Some("alpha")).await.expect("a log");
     let codes: Vec<u32> = calls.iter().filter(|c| c.vm == Some(vm.id)).map(|c| c.code).collect();
     assert_eq!(codes, vec![32774, 32774, 4096, 4096, 4096]);
-    let low = FaultKind::LowSpace { csv: "Volume1".into(), free: 7 };
+    let low = FaultKind::LowSpace { csv: "Volume1".into(), free: 7 << 20 };
     lab.control.set_fault(Fault::new(low)).await.expect("set");
     let csvs = agent
         .wmi
-        .query(NS_CLUSTER, "SELECT * FROM MSCluster_ClusterSharedVolume WHERE VolumeName='Volume1'")
+        .query(NS_CLUSTER, "SELECT * FROM MSCluster_DiskPartition WHERE VolumeLabel='Volume1'")
         .await
         .expect("an answer");
-    assert_eq!(csvs[0].u64("FreeSpace"), Some(7));
+    assert_eq!(csvs[0].u64("FreeSpace"), Some(7), "MiB");
+    assert!(csvs[0].str("Path").is_some_and(|p| p.starts_with(r"\\?\Volume{")));
     lab.stop().await;
 }
 
@@ -252,7 +253,6 @@ async fn a_restore_imports_realizes_becomes_clustered_and_starts() {
     let beta = lab.agent("beta").await;
     let import = args(&[
         ("SystemDefinitionFile", definition.display().to_string().into()),
-        ("SnapshotFolder", "".into()),
         ("GenerateNewSystemIdentifier", true.into()),
     ]);
     let job = beta.succeed(MANAGEMENT_SERVICE, "ImportSystemDefinition", import).await;

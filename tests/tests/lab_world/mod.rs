@@ -43,6 +43,8 @@ pub(crate) struct World {
     pub(crate) vm: VmState,
     /// What the VM is to its realm.
     pub(crate) role: VmRole,
+    /// Workers and memory of the agents of this world: few of both, for all its jobs together.
+    pub(crate) pool: Pool,
 }
 
 /// A job, which may have several attempts.
@@ -93,7 +95,7 @@ impl World {
             address_file: None,
             realm: "cluster".into(),
             hosts: vec!["alpha".into(), "beta".into()],
-            csvs: vec![csv("Volume1")],
+            csvs: vec![csv("Volume1"), csv("Volume2")],
             seed: 1,
             delays: Delays { job_ms: 1, migration_ms: 1, merge_ms: 1, job_retention_ms: 300_000 },
             checkpoint_on_migration: switch,
@@ -115,7 +117,26 @@ impl World {
             store: MemoryStore::new(),
             vm,
             role: VmRole::Primary,
+            pool: Pool::new(2, 8 << 20),
         }
+    }
+
+    /// Another VM in the same cluster, on another volume, that the same agents back up.
+    pub(crate) async fn neighbour(&self, volume: &str) -> Self {
+        let disks = vec![DiskSource::Empty { size: 8 * MIB, block_size: 1 << 20 }];
+        let new = CreateVm::new("neighbour", "alpha", volume, disks);
+        let other = Self {
+            folder: tempfile::tempdir().expect("a temporary folder"),
+            addr: self.addr,
+            lab: LabControl::connect(self.addr).await.expect("the lab answers"),
+            coordinator: MemoryCoordinator::new(),
+            store: MemoryStore::new(),
+            vm: self.lab.create_vm(new).await.expect("the VM is made"),
+            role: VmRole::Primary,
+            pool: self.pool.clone(),
+        };
+        other.write(4 * MIB, 2).await;
+        other
     }
 
     pub(crate) async fn small() -> Self {
@@ -210,7 +231,7 @@ impl World {
             sealer: sealer(),
             lease,
             sources: sources.clone(),
-            pool: Pool::new(2, 8 << 20),
+            pool: self.pool.clone(),
             limits: Limits {
                 read_size: outrider_node::config::ByteCount(256 << 10),
                 ..Limits::default()

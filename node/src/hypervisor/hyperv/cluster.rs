@@ -81,6 +81,33 @@ fn isolated(node: &Object) -> bool {
     node.u64("StatusInformation").unwrap_or(0) & ISOLATED != 0
 }
 
+/// The folder of a shared volume by its partition. A partition names itself by a drive letter, by a folder or by its volume
+/// (`\\\\?\\Volume{GUID}`); which of them, for a shared volume, is told nowhere. The volume itself has both names.
+fn folder_of(partition: &Object, volumes: &[Object]) -> Option<PathBuf> {
+    let plain = |name: &str| name.trim_end_matches('\\').to_ascii_lowercase();
+    let volume_guid = |name: &str| {
+        let (_, rest) = name.split_once('{')?;
+        rest.split_once('}').map(|(guid, _)| guid.to_ascii_lowercase())
+    };
+    let mut names: Vec<&str> =
+        ["Path", "VolumeGuid"].into_iter().filter_map(|name| partition.str(name)).collect();
+    names.extend(partition.array("MountPoints").iter().filter_map(Value::as_str));
+    names.retain(|name| !name.is_empty());
+    let is = |volume: &&Object| {
+        let own = |name| volume.str(name).unwrap_or_default();
+        let guid = volume_guid(own("VolumeName"));
+        names.iter().any(|name| {
+            plain(name) == plain(own("Name"))
+                || guid.is_some() && (volume_guid(name) == guid || Some(plain(name)) == guid)
+        })
+    };
+    if let Some(volume) = volumes.iter().find(is) {
+        return volume.str("Name").map(PathBuf::from);
+    }
+    // One with a drive letter, or a folder of ours.
+    partition.str("Path").filter(|path| volume_guid(path).is_none()).map(PathBuf::from)
+}
+
 impl HyperV {
     /// The cluster as this host reads it now.
     pub(super) async fn cluster_view(&self) -> Result<ClusterView, HypervisorError> {
@@ -103,8 +130,10 @@ impl HyperV {
     pub(super) async fn shared_volumes(&self) -> Result<Vec<(PathBuf, u64)>, HypervisorError> {
         let doing = "ask for the free space of volumes";
         let partitions = self.cluster_query(doing, "SELECT * FROM MSCluster_DiskPartition").await?;
+        let volumes =
+            self.cluster_query(doing, "SELECT * FROM MSCluster_ClusterSharedVolume").await?;
         // In MiB.
-        let volume = |p: &Object| Some((PathBuf::from(p.str("Path")?), p.u64("FreeSpace")? << 20));
+        let volume = |p: &Object| Some((folder_of(p, &volumes)?, p.u64("FreeSpace")? << 20));
         Ok(partitions.iter().filter_map(volume).collect())
     }
 }
@@ -141,6 +170,29 @@ mod tests {
             assert_eq!(speaks(Some(&node)), may_speak, "{state} {status}");
         }
         assert!(speaks(None), "a stand-alone host");
+    }
+
+    #[test]
+    fn a_shared_volume_is_told_by_any_name_of_its_partition() {
+        let guid = "4d2bb1b3-0000-11ee-8000-806e6f6e6963";
+        let volumes = [
+            Object::new("MSCluster_ClusterSharedVolume", "a")
+                .with("Name", r"C:\ClusterStorage\Volume1")
+                .with("VolumeName", format!(r"\\?\Volume{{{guid}}}\")),
+            Object::new("MSCluster_ClusterSharedVolume", "b").with("Name", r"C:\ClusterStorage\b"),
+        ];
+        let partition = || Object::new("MSCluster_DiskPartition", "p");
+        let told = |p: Object| folder_of(&p, &volumes).map(|f| f.display().to_string());
+        let shared = Some(r"C:\ClusterStorage\Volume1".to_owned());
+        let upper = guid.to_uppercase();
+        assert_eq!(told(partition().with("Path", format!(r"\\?\Volume{{{upper}}}"))), shared);
+        assert_eq!(told(partition().with("Path", "").with("VolumeGuid", guid)), shared);
+        assert_eq!(told(partition().with("Path", r"c:\clusterstorage\volume1\")), shared);
+        let mounted = partition().with("MountPoints", vec![r"C:\ClusterStorage\Volume1\"]);
+        assert_eq!(told(mounted), shared);
+        assert_eq!(told(partition().with("Path", "Q:")), Some("Q:".to_owned()));
+        let other = r"\\?\Volume{00000000-0000-11ee-8000-806e6f6e6963}";
+        assert_eq!(told(partition().with("Path", other)), None);
     }
 
     #[test]

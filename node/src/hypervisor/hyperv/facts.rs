@@ -209,20 +209,21 @@ impl HyperV {
         self.this.get_or_try_init(ask).await.cloned().unwrap_or_default()
     }
 
+    /// Build of this host; `None` when it is not told.
+    pub(super) async fn build(&self) -> Result<Option<u32>, HypervisorError> {
+        let wql = "SELECT BuildNumber FROM Win32_OperatingSystem";
+        let found = self.optional(NS_CIM, "ask for the host's release", wql).await?;
+        Ok(found.first().and_then(|system| system.u64("BuildNumber")).and_then(small))
+    }
+
     /// Build of this host, level of its cluster, and what the cluster says of it.
     pub(super) async fn host_facts(&self) -> Result<Host, HypervisorError> {
-        let doing = "ask for the host's release";
-        let system = self
-            .optional(NS_CIM, doing, "SELECT BuildNumber, CSName FROM Win32_OperatingSystem")
-            .await?
-            .into_iter()
-            .next();
-        let name = system.as_ref().and_then(|s| s.str("CSName")).unwrap_or_default();
-        let build = system.as_ref().and_then(|s| s.u64("BuildNumber")).and_then(small);
+        let build = self.build().await?;
+        let name = self.this_host().await;
         let doing = "look at the cluster";
         let cluster = self.optional(NS_CLUSTER, doing, "SELECT * FROM MSCluster_Cluster").await?;
         let nodes = self.optional(NS_CLUSTER, doing, "SELECT * FROM MSCluster_Node").await?;
-        let this = |n: &&Object| n.str("Name").is_some_and(|n| n.eq_ignore_ascii_case(name));
+        let this = |n: &&Object| n.str("Name").is_some_and(|n| n.eq_ignore_ascii_case(&name));
         Ok(Host {
             build,
             functional_level: cluster

@@ -118,12 +118,7 @@ impl HyperV {
             doing: doing.clone(),
             detail: "this host is in no failover cluster".into(),
         })?;
-        let args = vec![("VirtualMachine".to_owned(), wql::guid(vm.0).into())];
-        match self.cluster_change(lease, &doing, &cluster.path, "AddVirtualMachine", args).await {
-            // It is.
-            Ok(()) | Err(HypervisorError::Refused { code: EXISTS, .. }) => {}
-            Err(e) => return Err(e),
-        }
+        self.add_to_cluster(lease, &doing, &cluster.path, vm).await?;
         let mut notes = Vec::new();
         if let Some(settings) = settings
             && let Err(e) = self.set_group(lease, vm, settings).await
@@ -149,6 +144,39 @@ impl HyperV {
             }
         }
         Ok(notes)
+    }
+
+    /// The documentation says "the virtual machine to add" and not whether by GUID or by name; PowerShell takes either, one
+    /// program that is known gives the name. So the GUID is tried first, then a name that no other VM of this host has.
+    async fn add_to_cluster(
+        &self,
+        lease: &Lease,
+        doing: &str,
+        cluster: &str,
+        vm: VmGuid,
+    ) -> Result<(), HypervisorError> {
+        let add = async |name: String| {
+            let args = vec![("VirtualMachine".to_owned(), name.into())];
+            match self.cluster_change(lease, doing, cluster, "AddVirtualMachine", args).await {
+                // It is.
+                Ok(()) | Err(HypervisorError::Refused { code: EXISTS, .. }) => Ok(()),
+                Err(e) => Err(e),
+            }
+        };
+        let failure = match add(wql::guid(vm.0)).await {
+            Ok(()) => return Ok(()),
+            Err(e @ HypervisorError::Lease(_)) => return Err(e),
+            Err(e) => e,
+        };
+        let systems = self.query(doing, &format!("SELECT * FROM {}", wql::SYSTEM)).await?;
+        let named = |system: &Object| system.str("ElementName").map(str::to_owned);
+        let own = systems.iter().find(|o| wql::named_guid(o) == Some(vm)).and_then(named);
+        let own = own
+            .filter(|own| systems.iter().filter(|o| named(o).as_ref() == Some(own)).count() == 1);
+        let Some(own) = own else { return Err(failure) };
+        tracing::info!(%vm, error = %failure, "the cluster does not take the VM by its GUID; by its name");
+        // What was said of the GUID tells more than what is said of a name that was a guess.
+        add(own).await.map_err(|e| if let HypervisorError::Lease(_) = e { e } else { failure })
     }
 
     async fn set_group(

@@ -10,7 +10,7 @@ use outrider_wmi::{NS_VIRTUALIZATION, Value};
 
 use super::HyperV;
 use super::call::{Call, provider};
-use super::wql::{self, PLANNED, SETTINGS, SYSTEM, system_path};
+use super::wql::{self, PLANNED, SETTINGS, SYSTEM, literal};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::{Defined, NewVm, Power};
 use crate::lease::Lease;
@@ -125,16 +125,14 @@ impl HyperV {
             method: "ImportSystemDefinition",
             args: vec![
                 ("SystemDefinitionFile", new.definition.display().to_string().into()),
-                (
-                    "SnapshotFolder",
-                    new.checkpoints
-                        .as_ref()
-                        .map(|f| f.display().to_string())
-                        .unwrap_or_default()
-                        .into(),
-                ),
                 ("GenerateNewSystemIdentifier", (!new.keep_guid).into()),
-            ],
+            ]
+            .into_iter()
+            // Without checkpoints there is no folder of them: an empty text would be a path that does not exist.
+            .chain(
+                new.checkpoints.iter().map(|f| ("SnapshotFolder", f.display().to_string().into())),
+            )
+            .collect(),
         };
         let finished = self.change(lease, &call).await?;
         let named = finished.affected(PLANNED).and_then(wql::named_guid);
@@ -156,7 +154,7 @@ impl HyperV {
     ) -> Result<(VmGuid, Vec<String>), HypervisorError> {
         let mended = self.mend(lease, planned, new).await?;
         self.validate(lease, planned).await?;
-        let args = vec![("PlannedSystem", Value::Ref(system_path(PLANNED, planned)))];
+        let args = vec![("PlannedSystem", Value::Ref(self.planned_path(planned).await?))];
         let finished =
             self.manage(lease, "realize the planned VM", "RealizePlannedSystem", args).await?;
         // A planned VM keeps its GUID when it becomes real.
@@ -165,17 +163,29 @@ impl HyperV {
     }
 
     async fn validate(&self, lease: &Lease, planned: VmGuid) -> Result<(), HypervisorError> {
-        let args = vec![("PlannedSystem", Value::Ref(system_path(PLANNED, planned)))];
+        let args = vec![("PlannedSystem", Value::Ref(self.planned_path(planned).await?))];
         self.manage(lease, "validate the planned VM", "ValidatePlannedSystem", args).await?;
         Ok(())
     }
 
     /// Removes a planned VM that cannot be finished; a failure is logged, the caller has the reason that matters.
     async fn give_up_planned(&self, lease: &Lease, planned: VmGuid) {
-        let args = vec![("AffectedSystem", Value::Ref(system_path(PLANNED, planned)))];
-        if let Err(e) = self.manage(lease, "remove the planned VM", "DestroySystem", args).await {
+        let removed = async {
+            let args = vec![("AffectedSystem", Value::Ref(self.planned_path(planned).await?))];
+            self.manage(lease, "remove the planned VM", "DestroySystem", args).await
+        };
+        if let Err(e) = removed.await {
             tracing::warn!(vm = %planned, error = %e, "a planned VM stays behind");
         }
+    }
+
+    /// The object path of a planned VM, as the provider writes it: what its CreationClassName is, is told nowhere.
+    async fn planned_path(&self, planned: VmGuid) -> Result<String, HypervisorError> {
+        let doing = "look for the planned VM";
+        let name = literal(&wql::guid(planned.0));
+        let found =
+            self.query(doing, &format!("SELECT * FROM {PLANNED} WHERE Name={name}")).await?;
+        found.into_iter().next().map(|o| o.path).ok_or(HypervisorError::NoSuchVm { vm: planned })
     }
 
     async fn manage(

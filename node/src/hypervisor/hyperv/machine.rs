@@ -85,7 +85,7 @@ impl HyperV {
             service: "Msvm_SecurityService",
             path: String::new(),
             method: "GetKeyProtector",
-            args: vec![("SecuritySettingData", embedded::to_text(settings).into())],
+            args: vec![("SecuritySettingData", Value::Object(Box::new(settings.clone())))],
         };
         let key_protector = bytes(self.ask(&call).await?.out.array("KeyProtector"));
         let usable = (SHORTEST_PROTECTOR..=LONGEST_PROTECTOR).contains(&key_protector.len());

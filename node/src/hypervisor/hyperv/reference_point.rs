@@ -41,10 +41,8 @@ impl HyperV {
             service: "Msvm_VirtualSystemSnapshotService",
             path: String::new(),
             method: "ConvertToReferencePoint",
-            args: vec![
-                ("AffectedSnapshot", Value::Ref(checkpoint.path.clone())),
-                ("ReferencePointSettings", "".into()),
-            ],
+            // Nobody else gives ReferencePointSettings, and the documentation does not say that they may be empty.
+            args: vec![("AffectedSnapshot", Value::Ref(checkpoint.path.clone()))],
         };
         let finished = self.change(lease, &call).await;
         let failure = match finished {

@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 
 use outrider_proto::ids::{CheckpointId, VmGuid};
-use outrider_wmi::{NS_VIRTUALIZATION, Object, Value, WmiError, embedded};
+use outrider_wmi::{NS_VIRTUALIZATION, Object, Value, WmiError};
 
 use super::HyperV;
 use super::call::{Call, provider};
@@ -21,6 +21,9 @@ const SNAPSHOT_TYPE_RECOVERY: u32 = 32768;
 /// ConsistencyLevel and GuestBackupType.
 const APPLICATION: u32 = 1;
 const CRASH: u32 = 2;
+/// Windows 10, version 1703: Server 2016 (14393) has no GuestBackupType, and refuses settings with a property that it does not
+/// know. There the guest's writers get what the host chooses.
+const GUEST_BACKUP_TYPE_SINCE: u32 = 15_063;
 const GUEST_FULL: u32 = 1;
 const GUEST_COPY: u32 = 2;
 /// Resource type of virtual disks.
@@ -54,10 +57,13 @@ impl HyperV {
         request: CheckpointRequest,
     ) -> Result<Checkpoint, HypervisorError> {
         let doing = format!("create a checkpoint of VM {vm}");
-        let settings = Object::new("Msvm_VirtualSystemSnapshotSettingData", "")
+        let mut settings = Object::new("Msvm_VirtualSystemSnapshotSettingData", "")
             .with("ConsistencyLevel", if request.quiesce { APPLICATION } else { CRASH })
-            .with("GuestBackupType", if request.truncate_logs { GUEST_FULL } else { GUEST_COPY })
             .with("IgnoreNonSnapshottableDisks", true);
+        if self.build().await?.is_none_or(|build| build >= GUEST_BACKUP_TYPE_SINCE) {
+            let kind = if request.truncate_logs { GUEST_FULL } else { GUEST_COPY };
+            settings.set("GuestBackupType", kind);
+        }
         let before = self.recovery_checkpoints(vm).await?;
         let call = Call {
             doing: doing.clone(),
@@ -66,7 +72,7 @@ impl HyperV {
             method: "CreateSnapshot",
             args: vec![
                 ("AffectedSystem", Value::Ref(wql::vm_path(vm))),
-                ("SnapshotSettings", embedded::to_text(&settings).into()),
+                ("SnapshotSettings", Value::Object(Box::new(settings))),
                 ("SnapshotType", SNAPSHOT_TYPE_RECOVERY.into()),
             ],
         };
@@ -134,7 +140,7 @@ impl HyperV {
             service: "Msvm_VirtualSystemManagementService",
             path: String::new(),
             method: "ModifySystemSettings",
-            args: vec![("SystemSettings", embedded::to_text(&settings).into())],
+            args: vec![("SystemSettings", Value::Object(Box::new(settings)))],
         };
         self.change(lease, &call).await?;
         made.name = name.to_owned();
@@ -226,6 +232,22 @@ pub(super) fn checkpoint(settings: &Object) -> Option<Checkpoint> {
 pub(super) fn files_of(settings: &Object) -> Vec<PathBuf> {
     let text = |name| settings.str(name).unwrap_or_default();
     let definition = joined(text("ConfigurationDataRoot"), text("ConfigurationFile"));
+    let mut found = set_of(&definition);
+    if found.is_empty() && !text("ConfigurationID").is_empty() {
+        // Where others look for a checkpoint's files, whatever its settings say.
+        let name = format!("{}.vmcx", text("ConfigurationID"));
+        found = set_of(&joined(text("ConfigurationDataRoot"), "Snapshots").join(name));
+    }
+    // The guest state may lie elsewhere.
+    let guest_state = joined(text("GuestStateDataRoot"), text("GuestStateFile"));
+    if guest_state.is_file() && !found.iter().any(|f| same_but_for_case(f, &guest_state)) {
+        found.push(guest_state);
+    }
+    found
+}
+
+/// The files of one configuration that exist.
+fn set_of(definition: &std::path::Path) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = Vec::new();
     for extension in CONFIG_EXTENSIONS {
         let file = definition.with_extension(extension);
@@ -233,11 +255,6 @@ pub(super) fn files_of(settings: &Object) -> Vec<PathBuf> {
         if !known && file.is_file() {
             found.push(file);
         }
-    }
-    // The guest state may lie elsewhere.
-    let guest_state = joined(text("GuestStateDataRoot"), text("GuestStateFile"));
-    if guest_state.is_file() && !found.iter().any(|f| same_but_for_case(f, &guest_state)) {
-        found.push(guest_state);
     }
     found
 }
@@ -263,4 +280,29 @@ fn joined(root: &str, relative: &str) -> PathBuf {
 
 fn same_but_for_case(a: &std::path::Path, b: &std::path::Path) -> bool {
     cfg!(windows) && a.as_os_str().eq_ignore_ascii_case(b.as_os_str()) || a == b
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoints_files_are_found_where_settings_say_else_by_its_id() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (root, id) = (dir.path(), "0B1C-2");
+        let folder = root.join("Snapshots");
+        std::fs::create_dir(&folder).expect("made");
+        for extension in ["vmcx", "VMRS"] {
+            std::fs::write(folder.join(id).with_extension(extension), b"x").expect("written");
+        }
+        let settings = |file: &str| {
+            Object::new(SETTINGS, "p")
+                .with("ConfigurationDataRoot", root.display().to_string())
+                .with("ConfigurationID", id)
+                .with("ConfigurationFile", file)
+        };
+        for file in [r"Snapshots\0B1C-2.vmcx", "elsewhere.vmcx", ""] {
+            assert_eq!(files_of(&settings(file)).len(), 2, "{file}");
+        }
+    }
 }

@@ -21,12 +21,7 @@ pub(super) fn guid(id: Uuid) -> String {
 
 /// The object path of a VM.
 pub(super) fn vm_path(vm: VmGuid) -> String {
-    system_path(SYSTEM, vm)
-}
-
-/// The object path of a system of some class.
-pub(super) fn system_path(class: &str, vm: VmGuid) -> String {
-    format!("{class}.CreationClassName=\"{class}\",Name=\"{}\"", guid(vm.0))
+    format!("{SYSTEM}.CreationClassName=\"{SYSTEM}\",Name=\"{}\"", guid(vm.0))
 }
 
 /// A text literal, quotes included.

@@ -133,7 +133,7 @@ pub(super) async fn written_meanwhile(
 ) -> Result<Option<String>, JobError> {
     for layer in disks.iter().flat_map(|d| &d.layers) {
         let source = layer.source.clone();
-        if !context.pool.run(move || source.is_unchanged()).await?? {
+        if !context.pool.read(0, move || source.is_unchanged()).await?.0? {
             return Ok(Some(name_of(layer.source.leaf())));
         }
     }

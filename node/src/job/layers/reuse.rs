@@ -39,7 +39,7 @@ impl Layers {
         let source: Arc<dyn ReadDisk> = layer.source.clone();
         let allocated = {
             let source = source.clone();
-            context.pool.run(move || source.allocated()).await??
+            context.pool.read(0, move || source.allocated()).await?.0?
         };
         let none = RangeSet::new();
         let plan = DiskPlan::incremental(disk.like.size, begun.start.chunk_size, &none, root);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use windows::Win32::System::Com::{
     COINIT_MULTITHREADED, CoInitializeEx, CoInitializeSecurity, CoUninitialize, EOAC_NONE,
-    RPC_C_AUTHN_LEVEL_DEFAULT, RPC_C_IMP_LEVEL_IMPERSONATE,
+    RPC_C_AUTHN_LEVEL_PKT_PRIVACY, RPC_C_IMP_LEVEL_IMPERSONATE,
 };
 
 use super::session::{CONNECT, Failure, Patience, Session};
@@ -240,7 +240,7 @@ impl Com {
                     -1,
                     None,
                     None,
-                    RPC_C_AUTHN_LEVEL_DEFAULT,
+                    RPC_C_AUTHN_LEVEL_PKT_PRIVACY,
                     RPC_C_IMP_LEVEL_IMPERSONATE,
                     None,
                     EOAC_NONE,

@@ -128,6 +128,27 @@ pub enum Element {
 }
 
 impl Base {
+    /// Its name in the text of an embedded instance.
+    #[must_use]
+    pub fn name(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Sint8 => "sint8",
+            Self::Sint16 => "sint16",
+            Self::Sint32 => "sint32",
+            Self::Sint64 => "sint64",
+            Self::Uint8 => "uint8",
+            Self::Uint16 => "uint16",
+            Self::Uint32 => "uint32",
+            Self::Uint64 => "uint64",
+            Self::Boolean => "boolean",
+            Self::Text => "string",
+            Self::DateTime => "datetime",
+            Self::Char16 => "char16",
+            // Of two widths, and what is no scalar: whoever writes it has to know more.
+            Self::Real | Self::Reference | Self::Object | Self::Unknown => return None,
+        })
+    }
+
     /// How elements of this type travel.
     #[must_use]
     pub fn element(self) -> Element {
@@ -229,7 +250,7 @@ pub fn to_value(variant: Variant, cim: CimType, place: &Place) -> Result<Value, 
 }
 
 /// How an argument of this type travels. A relative reference becomes an absolute one; an object for a text parameter
-/// becomes the text of an embedded instance.
+/// becomes the text of an embedded instance; a reference in a text is whole.
 ///
 /// # Errors
 /// [`Mismatch`].
@@ -270,6 +291,8 @@ pub fn to_variant(value: Value, cim: CimType, place: &Place) -> Result<Variant, 
             Variant::Text(absolute(path, place))
         }
         (Base::Object, Value::Object(object)) => Variant::Object(object.clone()),
+        // Settings name other objects in texts (the switch in an adapter's HostResource), by their whole path.
+        (Base::Text, Value::Ref(path)) => Variant::Text(absolute(path, place)),
         (Base::Text | Base::DateTime | Base::Unknown, Value::Str(text) | Value::Ref(text)) => {
             Variant::Text(text.clone())
         }
@@ -332,6 +355,9 @@ mod tests {
         assert_eq!(value, Value::Ref(r#"Msvm_ComputerSystem.Name="A:B""#.into()));
         let back = to_variant(value, cim(102), &place()).expect("a path");
         assert_eq!(back, Variant::Text(full.into()));
+        let switch = Value::Array(vec![Value::Ref(r#"Msvm_ComputerSystem.Name="A:B""#.into())]);
+        let texts = to_variant(switch, cim(0x2000 | 8), &place()).expect("a path in a text");
+        assert_eq!(texts, Variant::Array(Element::Text, vec![Variant::Text(full.into())]));
         let foreign = r#"\\HOST1\root\MSCluster:MSCluster_Node.Name="n""#;
         let value = to_value(Variant::Text(foreign.into()), cim(102), &place()).expect("a path");
         assert_eq!(value, Value::Ref(foreign.into()));

@@ -1,8 +1,11 @@
 //! A subscription: one thread that waits for events, and a bounded queue to its reader.
 
+use std::time::{Duration, Instant};
+
 use tokio::sync::{mpsc, oneshot};
 
 use super::apartment::Com;
+use super::overflow::Overflow;
 use super::session::{Failure, Session};
 use super::status;
 use crate::{EventStream, Object, WmiError};
@@ -13,7 +16,7 @@ const EVENTS: usize = 1024;
 /// Starts the thread and waits until the subscription stands, or is refused. The thread ends within a slice after the
 /// stream was dropped, and when the provider is gone (then the stream ends).
 pub(super) async fn subscribe(namespace: &str, wql: &str) -> Result<EventStream, WmiError> {
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     let doing = || status::Doing {
         namespace: namespace.to_owned(),
         what: wql.to_owned(),
@@ -58,21 +61,59 @@ fn listen(
         return;
     }
     let mut queue = Queue { sender, lost: false };
+    let mut overflow = Overflow::default();
     while !sender.is_closed() {
         match session.next_event(&events) {
-            Ok(Some(event)) => queue.push(Ok(event)),
-            Ok(None) => queue.tell_lost(),
-            // WMI's own queue overflowed, or one event could not be read: the subscription goes on.
-            Err(Failure::Com { code: 0x8004_106C, .. } | Failure::Arguments(_)) => {
-                queue.lost = true;
+            Ok(Some(event)) => {
+                overflow.works();
+                queue.push(Ok(event));
+            }
+            Ok(None) => {
+                overflow.works();
                 queue.tell_lost();
             }
-            Err(e) => {
-                tracing::warn!(%namespace, error = ?e, "the subscription to WMI events ended");
-                return;
+            // One event could not be read: the subscription goes on.
+            Err(Failure::Arguments(_)) => queue.lose(),
+            Err(Failure::Com { code: QUOTA, message }) => {
+                queue.lose();
+                match overflow.failed() {
+                    Some(pause) => rest(pause, sender),
+                    None => {
+                        return end(Failure::Com { code: QUOTA, message }, namespace, wql, sender);
+                    }
+                }
             }
+            Err(e) => return end(e, namespace, wql, sender),
         }
     }
+}
+
+/// `WBEM_E_QUOTA_VIOLATION`: WMI's own queue overflowed.
+const QUOTA: u32 = 0x8004_106C;
+/// How soon a pause notices that its reader has gone.
+const SLICE: Duration = Duration::from_millis(200);
+
+fn rest(pause: Duration, sender: &mpsc::Sender<Event>) {
+    let until = Instant::now() + pause;
+    while !sender.is_closed() && Instant::now() < until {
+        std::thread::sleep(SLICE.min(until.saturating_duration_since(Instant::now())));
+    }
+}
+
+/// The last thing that the reader is told. Waits for room in its queue, which it makes or drops.
+fn end(failure: Failure, namespace: &str, wql: &str, sender: &mpsc::Sender<Event>) {
+    tracing::warn!(%namespace, error = ?failure, "the subscription to WMI events ended");
+    let doing = status::Doing {
+        namespace: namespace.to_owned(),
+        what: wql.to_owned(),
+        waited: Duration::ZERO,
+    };
+    let error = match failure {
+        Failure::Com { code, message } => status::error(code, &message, doing),
+        other => status::unreachable(format!("the subscription ended: {other:?}"), doing),
+    };
+    // A reader that has gone does not want to know.
+    let _ = sender.blocking_send(Err(error));
 }
 
 /// The reader's end, and whether it missed something.
@@ -82,6 +123,11 @@ struct Queue<'a> {
 }
 
 impl Queue<'_> {
+    fn lose(&mut self) {
+        self.lost = true;
+        self.tell_lost();
+    }
+
     fn push(&mut self, event: Event) {
         self.tell_lost();
         if !self.lost && self.sender.try_send(event).is_err() {

@@ -6,23 +6,24 @@
 use std::time::{Duration, Instant};
 
 use windows::Win32::System::Com::{
-    CLSCTX_INPROC_SERVER, CoCreateInstance, CoSetProxyBlanket, EOAC_NONE, RPC_C_AUTHN_LEVEL_CALL,
-    RPC_C_IMP_LEVEL_IMPERSONATE,
+    CLSCTX_INPROC_SERVER, CoCreateInstance, CoSetProxyBlanket, EOAC_NONE, GetErrorInfo,
+    RPC_C_AUTHN_LEVEL_PKT_PRIVACY, RPC_C_IMP_LEVEL_IMPERSONATE,
 };
 use windows::Win32::System::Rpc::{RPC_C_AUTHN_WINNT, RPC_C_AUTHZ_NONE};
 use windows::Win32::System::Variant::VARIANT;
 use windows::Win32::System::Wmi::{
-    IEnumWbemClassObject, IWbemCallResult, IWbemClassObject, IWbemLocator, IWbemServices,
-    WBEM_FLAG_CONNECT_USE_MAX_WAIT, WBEM_FLAG_FORWARD_ONLY, WBEM_FLAG_NONSYSTEM_ONLY,
-    WBEM_FLAG_RETURN_IMMEDIATELY, WBEM_FLAG_RETURN_WBEM_COMPLETE, WBEM_FLAG_UPDATE_ONLY,
-    WBEM_GENERIC_FLAG_TYPE, WbemLocator,
+    IEnumWbemClassObject, IWbemCallResult, IWbemClassObject, IWbemLocator, IWbemObjectTextSrc,
+    IWbemServices, WBEM_FLAG_CONNECT_USE_MAX_WAIT, WBEM_FLAG_FORWARD_ONLY,
+    WBEM_FLAG_NONSYSTEM_ONLY, WBEM_FLAG_RETURN_IMMEDIATELY, WBEM_FLAG_RETURN_WBEM_COMPLETE,
+    WBEM_FLAG_UPDATE_ONLY, WBEM_GENERIC_FLAG_TYPE, WMI_OBJ_TEXT_WMI_DTD_2_0, WbemLocator,
+    WbemObjectTextSrc,
 };
 use windows::core::{BSTR, HSTRING, IUnknown, Interface};
 
-use super::cim::{CimType, to_value, to_variant};
+use super::cim::{Base, CimType, to_value, to_variant};
 use super::path::{Place, class_of};
 use super::variant::{self, Objects};
-use crate::{Object, Value};
+use crate::{Object, Value, embedded};
 
 /// `WBEM_S_TIMEDOUT`: nothing yet.
 const TIMED_OUT: i32 = 0x0004_0004;
@@ -55,7 +56,8 @@ pub(super) enum Failure {
 
 impl From<windows::core::Error> for Failure {
     fn from(error: windows::core::Error) -> Self {
-        Self::Com { code: error.code().0.cast_unsigned(), message: error.message() }
+        let message = told_by_provider().unwrap_or_else(|| error.message());
+        Self::Com { code: error.code().0.cast_unsigned(), message }
     }
 }
 
@@ -103,18 +105,9 @@ impl Session {
                 &nothing,
                 None,
             )?;
-            CoSetProxyBlanket(
-                &services,
-                RPC_C_AUTHN_WINNT,
-                RPC_C_AUTHZ_NONE,
-                None,
-                RPC_C_AUTHN_LEVEL_CALL,
-                RPC_C_IMP_LEVEL_IMPERSONATE,
-                None,
-                EOAC_NONE,
-            )?;
             services
         };
+        protect(&services)?;
         let place = Place { server: ".".into(), namespace: namespace.to_owned() };
         Ok(Self { services, place })
     }
@@ -130,6 +123,7 @@ impl Session {
                 None,
             )?
         };
+        protect_if_proxy(&found);
         let mut out = Vec::new();
         while let Some(objects) = self.next(&found, BATCH, patience)? {
             for object in objects {
@@ -142,14 +136,16 @@ impl Session {
     /// Starts an event query.
     pub(super) fn listen(&self, wql: &str) -> Result<IEnumWbemClassObject, Failure> {
         // SAFETY: as in `query`.
-        Ok(unsafe {
+        let events = unsafe {
             self.services.ExecNotificationQuery(
                 &BSTR::from("WQL"),
                 &BSTR::from(wql),
                 WBEM_FLAG_FORWARD_ONLY | WBEM_FLAG_RETURN_IMMEDIATELY,
                 None,
             )?
-        })
+        };
+        protect_if_proxy(&events);
+        Ok(events)
     }
 
     /// The next event; `None` after a slice of time without one.
@@ -352,13 +348,57 @@ impl Session {
             // SAFETY: COM writes into both results.
             unsafe { signature.Get(&wide, 0, &raw mut unset, Some(&raw mut number), None) }
                 .map_err(|_| Failure::Arguments(format!("{method} takes no argument {name:?}")))?;
-            let value = to_variant(value, CimType::from_number(number), &place)
+            let cim = CimType::from_number(number);
+            let value = self.with_texts(value, cim)?;
+            let value = to_variant(value, cim, &place)
                 .map_err(|e| Failure::Arguments(format!("argument {name:?} of {method}: {e}")))?;
             let value = variant::write(&value, self)?;
             // SAFETY: the VARIANT is ours; COM copies it.
             unsafe { input.Put(&wide, 0, &raw const value, 0)? };
         }
         Ok(Some(input))
+    }
+
+    /// Objects for a text parameter become texts of embedded instances.
+    fn with_texts(&self, value: Value, cim: CimType) -> Result<Value, Failure> {
+        if cim.base != Base::Text {
+            return Ok(value);
+        }
+        Ok(match value {
+            Value::Object(object) => Value::Str(self.text_of(&object)?),
+            Value::Array(items) => {
+                let each = |item| self.with_texts(item, CimType { array: false, ..cim });
+                Value::Array(items.into_iter().map(each).collect::<Result<_, _>>()?)
+            }
+            other => other,
+        })
+    }
+
+    /// The text of an embedded instance, in the way of Microsoft's samples: WMI's own text of the instance that the object
+    /// was read from, or of a new one of its class, with the values that differ put into it. So everything that we do not
+    /// look at is as it was, of its own type.
+    pub(super) fn text_of(&self, object: &Object) -> Result<String, Failure> {
+        let (instance, before) = if object.path.is_empty() {
+            let class = self.object(&object.class)?;
+            // SAFETY: a plain call.
+            (unsafe { class.SpawnInstance(0)? }, Object::default())
+        } else {
+            let instance = self.object(&object.path)?;
+            let before = self.read(&instance, 0)?;
+            (instance, before)
+        };
+        let place = self.place_of(&instance);
+        for (name, value) in object.iter().filter(|(name, value)| before.get(name) != *value) {
+            self.set(&instance, name, value, &place, 0)?;
+        }
+        match own_text(&instance) {
+            Ok(text) => Ok(text),
+            Err(e) => {
+                tracing::debug!(error = %e, "WMI gives no text of an instance; it is written here");
+                let whole = self.read(&instance, 0)?;
+                Ok(embedded::to_text_as(&whole, |name| type_name(&instance, name)))
+            }
+        }
     }
 
     /// Where an object says that it is at home: WMI's own spelling of this machine's name.
@@ -432,6 +472,85 @@ impl Session {
     }
 }
 
+/// Signs and encrypts what goes through a proxy: the namespace of failover clusters asks for it.
+fn protect(proxy: &impl Interface) -> windows::core::Result<()> {
+    let proxy: IUnknown = proxy.cast()?;
+    // SAFETY: the proxy lives until the call returns; no other pointer is passed.
+    unsafe {
+        CoSetProxyBlanket(
+            &proxy,
+            RPC_C_AUTHN_WINNT,
+            RPC_C_AUTHZ_NONE,
+            None,
+            RPC_C_AUTHN_LEVEL_PKT_PRIVACY,
+            RPC_C_IMP_LEVEL_IMPERSONATE,
+            None,
+            EOAC_NONE,
+        )
+    }
+}
+
+/// As [`protect`], for objects that come out of a protected one: they do not inherit it, and some of them are in this
+/// very process and no proxies at all.
+fn protect_if_proxy(proxy: &impl Interface) {
+    if let Err(e) = protect(proxy) {
+        tracing::trace!(error = %e, "an object without a security of its own");
+    }
+}
+
+/// WMI's own text of an instance.
+fn own_text(instance: &IWbemClassObject) -> windows::core::Result<String> {
+    // SAFETY: the thread has entered COM; the instance lives until the call returns.
+    unsafe {
+        let source: IWbemObjectTextSrc =
+            CoCreateInstance(&WbemObjectTextSrc, None, CLSCTX_INPROC_SERVER)?;
+        Ok(source
+            .GetText(0, instance, WMI_OBJ_TEXT_WMI_DTD_2_0.0.cast_unsigned(), None)?
+            .to_string())
+    }
+}
+
+fn type_name(instance: &IWbemClassObject, name: &str) -> Option<&'static str> {
+    let (mut value, mut number) = (VARIANT::default(), 0);
+    // SAFETY: COM writes into both results.
+    unsafe { instance.Get(&HSTRING::from(name), 0, &raw mut value, Some(&raw mut number), None) }
+        .ok()?;
+    CimType::from_number(number).base.name()
+}
+
+/// What the provider itself said about a failure (`__ExtendedStatus`): its words and its own status.
+fn told_by_provider() -> Option<String> {
+    // SAFETY: plain calls; COM writes into the results.
+    unsafe {
+        let told: IWbemClassObject = GetErrorInfo(0).ok()?.cast().ok()?;
+        let text = |name: &str| {
+            let mut value = VARIANT::default();
+            told.Get(&HSTRING::from(name), 0, &raw mut value, None, None).ok()?;
+            match variant::read(&value, &Unread).ok()? {
+                super::cim::Variant::Text(text) => Some(text.trim().to_owned()),
+                super::cim::Variant::I32(n) if n != 0 => Some(format!("0x{n:08X}")),
+                _ => None,
+            }
+            .filter(|text| !text.is_empty())
+        };
+        let parts: Vec<String> =
+            ["Description", "StatusCode"].into_iter().filter_map(text).collect();
+        (!parts.is_empty()).then(|| parts.join(" "))
+    }
+}
+
+/// Objects within an error are not looked at.
+struct Unread;
+
+impl Objects for Unread {
+    fn read(&self, _: &IUnknown) -> windows::core::Result<Object> {
+        Ok(Object::default())
+    }
+    fn make(&self, _: &Object) -> windows::core::Result<IUnknown> {
+        Err(windows::Win32::Foundation::E_NOTIMPL.into())
+    }
+}
+
 enum Fetched {
     Some,
     Nothing,
@@ -444,6 +563,7 @@ fn finished(
     call: &IWbemCallResult,
     patience: &Patience<'_>,
 ) -> Result<Option<IWbemClassObject>, Failure> {
+    protect_if_proxy(call);
     let mut status = 0_i32;
     loop {
         patience.check()?;
@@ -509,3 +629,38 @@ impl Objects for Session {
 
 /// Longest time that connecting may take by itself (`WBEM_FLAG_CONNECT_USE_MAX_WAIT`).
 pub(super) const CONNECT: Duration = Duration::from_secs(120);
+
+#[cfg(test)]
+mod tests {
+    use super::super::apartment::Com;
+    use super::*;
+
+    /// Windows has a text of its own for this; where it has none (Wine), ours has the types of the class.
+    #[test]
+    fn the_text_of_an_instance_is_whole_and_has_what_was_changed() {
+        let _com = Com::enter().expect("COM");
+        let session = Session::open(r"root\cimv2").expect("every Windows has it");
+        let never = || false;
+        let patience =
+            Patience { until: Instant::now() + Duration::from_secs(30), cancelled: &never };
+        let wql = "SELECT * FROM Win32_Processor";
+        let mut processor = session.query(wql, &patience).expect("one").remove(0);
+        let caption = processor.str("Manufacturer").expect("a name").to_owned();
+        processor.set("Manufacturer", "a < b & \"c\"");
+        let text = session.text_of(&processor).expect("a text");
+        let read = embedded::from_text(&text).expect("an instance");
+        assert_eq!(read.class, "Win32_Processor");
+        assert_eq!(read.str("Manufacturer"), Some("a < b & \"c\""), "{text}");
+        assert_ne!(read.str("Manufacturer"), Some(caption.as_str()));
+        assert_eq!(
+            read.str("DeviceID"),
+            processor.str("DeviceID"),
+            "what was not changed is there, too"
+        );
+        assert!(text.contains("TYPE=\"uint16\""), "widths are those of the class: {text}");
+        let before = session.get(&processor.path).expect("still there");
+        assert_eq!(before.str("Manufacturer"), Some(caption.as_str()), "only the text was changed");
+        let odd = processor.with("NoSuchProperty", "x");
+        assert!(matches!(session.text_of(&odd), Err(Failure::Arguments(_))));
+    }
+}

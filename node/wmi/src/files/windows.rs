@@ -60,6 +60,10 @@ impl HostFiles for WindowsFiles {
     fn attach(&self, path: &Path) -> io::Result<Option<Attached>> {
         VirtualDisk::open(path)?.attach().map(Some)
     }
+
+    fn changes(&self, path: &Path, id: &str, size: u64) -> io::Result<Option<Vec<(u64, u64)>>> {
+        VirtualDisk::open(path)?.changes(id, size).map(Some)
+    }
 }
 
 /// Virtual disks are read once and are large: they would only push better things out of the cache.

@@ -30,6 +30,13 @@ pub(crate) fn nodes(state: &State) -> Vec<Object> {
     numbered.map(node).collect()
 }
 
+/// The path of a shared volume's volume, by which its partition goes: it has no drive letter.
+fn volume_path(csv: &str) -> String {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&blake3::hash(csv.as_bytes()).as_bytes()[..16]);
+    format!(r"\\?\Volume{{{}}}", Uuid::from_bytes(bytes))
+}
+
 pub(super) fn instances(state: &State, class: &str) -> Option<Vec<Object>> {
     let groups = || state.vms.values().filter(|vm| vm.owner.is_some());
     let as_read = |object: Object, vm: &Vm| match state.shown_owner(vm) {
@@ -47,15 +54,12 @@ pub(super) fn instances(state: &State, class: &str) -> Option<Vec<Object>> {
             .csvs
             .iter()
             .map(|csv| {
-                let (free, total) = space(state, &csv.name, &csv.path);
                 let path = csv.path.display().to_string();
                 keyed("MSCluster_ClusterSharedVolume", &path)
-                    .with("VolumeName", csv.name.as_str())
+                    .with("VolumeName", format!("{}\\", volume_path(&csv.name)))
                     .with("FaultState", state.around.csvs.get(&csv.name).copied().unwrap_or(0))
                     .with("BackupState", 0_u32)
                     .with("VolumeOffset", 0_u64)
-                    .with("FreeSpace", free)
-                    .with("TotalSize", total)
             })
             .collect(),
         "mscluster_network" => state
@@ -76,7 +80,7 @@ pub(super) fn instances(state: &State, class: &str) -> Option<Vec<Object>> {
             .iter()
             .map(|csv| {
                 let (free, total) = space(state, &csv.name, &csv.path);
-                let path = csv.path.display().to_string();
+                let path = volume_path(&csv.name);
                 Object::new(
                     "MSCluster_DiskPartition",
                     path_of("MSCluster_DiskPartition", &[("Path", &path)]),

@@ -41,6 +41,11 @@ impl Args {
         self.0.array(name).iter().filter_map(Value::as_str).map(str::to_owned).collect()
     }
 
+    /// Whether an argument was given, an empty one included.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        !matches!(self.0.get(name), Value::Null)
+    }
+
     /// An embedded instance; `None` when the argument is absent or empty.
     pub(crate) fn embedded(&self, name: &str) -> Result<Option<Object>, Refusal> {
         if let Value::Object(o) = self.0.get(name) {
@@ -54,8 +59,12 @@ impl Args {
 
     /// An array of embedded instances.
     pub(crate) fn embedded_array(&self, name: &str) -> Result<Vec<Object>, Refusal> {
-        let texts = self.0.array(name).iter().filter_map(Value::as_str);
-        texts.map(|t| embedded::from_text(t).map_err(|e| invalid(name, &e.to_string()))).collect()
+        let each = |value: &Value| match value {
+            Value::Object(object) => Ok((**object).clone()),
+            value => embedded::from_text(value.as_str().unwrap_or_default())
+                .map_err(|e| invalid(name, &e.to_string())),
+        };
+        self.0.array(name).iter().map(each).collect()
     }
 
     /// The texts and references of an array.

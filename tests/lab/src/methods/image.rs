@@ -42,6 +42,10 @@ async fn changes(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal
     else {
         return Ok(Outcome::code(INVALID));
     };
+    // Only valid for VHD sets.
+    if call.args.has("TargetSnapshotId") {
+        return Ok(Outcome::code(INVALID));
+    }
     let found = cluster.read(|s| {
         let mut here = s.vms.values().filter(|vm| vm.host == call.host);
         let frozen = here.find_map(|vm| {

@@ -50,6 +50,12 @@ fn guest_refuses(vm: &Vm) -> Option<JobError> {
 
 fn create(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
     let settings = call.args.embedded("SnapshotSettings")?;
+    // Server 2016 has no such property.
+    let old = cluster.read(|s| s.around.build(&call.host)) < 15_063;
+    if old && settings.as_ref().is_some_and(|s| s.iter().any(|(name, _)| name == "GuestBackupType"))
+    {
+        return Ok(Outcome::code(INVALID));
+    }
     let setting = |name: &str| settings.as_ref().and_then(|s| s.u64(name));
     let consistency = u8::try_from(setting("ConsistencyLevel").unwrap_or(1)).unwrap_or(0);
     let ignore =
@@ -153,6 +159,10 @@ fn destroy(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
 }
 
 fn convert(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
+    // Nobody is known to give them, not even empty ones.
+    if call.args.has("ReferencePointSettings") {
+        return Ok(Outcome::code(INVALID));
+    }
     let begun = cluster.change(|s| {
         begin(s, call, "AffectedSnapshot", 200, Busy::BackingUp, |_, checkpoint| {
             (!checkpoint.recovery).then_some(INVALID)

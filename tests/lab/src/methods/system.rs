@@ -95,6 +95,7 @@ fn host_resource(settings: &Object) -> Option<PathBuf> {
 fn import_definition(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
     let file = host_path(call.args.str("SystemDefinitionFile"));
     let snapshots = match call.args.str("SnapshotFolder") {
+        "" if call.args.has("SnapshotFolder") => return Ok(Outcome::code(INVALID)),
         "" => PathBuf::new(),
         folder => host_path(folder),
     };

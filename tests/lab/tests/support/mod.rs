@@ -224,7 +224,6 @@ impl Agent {
             let asked = args(&[
                 ("Path", path.display().to_string().into()),
                 ("LimitId", id.into()),
-                ("TargetSnapshotId", "".into()),
                 ("ByteOffset", at.to_string().into()),
                 ("ByteLength", (size - at).to_string().into()),
             ]);

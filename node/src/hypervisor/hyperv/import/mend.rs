@@ -5,7 +5,7 @@ use std::path::Path;
 
 use outrider_proto::ids::VmGuid;
 use outrider_proto::manifest::Switch;
-use outrider_wmi::{Object, Value, embedded};
+use outrider_wmi::{Object, Value};
 
 use super::odd;
 use crate::hypervisor::error::HypervisorError;
@@ -14,7 +14,7 @@ use crate::hypervisor::hyperv::machine::{
     CONNECTION, DISABLED, PORT, asked_switch, is_image, switch_path,
 };
 use crate::hypervisor::hyperv::snapshot::is_virtual_disk;
-use crate::hypervisor::hyperv::wql::{self, PLANNED, SETTINGS, literal, system_path};
+use crate::hypervisor::hyperv::wql::{self, SETTINGS, literal};
 use crate::hypervisor::{Networks, NewVm, RestoredCheckpoint};
 use crate::lease::Lease;
 
@@ -38,7 +38,7 @@ impl HyperV {
         new: &NewVm,
     ) -> Result<Vec<String>, HypervisorError> {
         let reading = "read the planned VM";
-        let path = system_path(PLANNED, planned);
+        let path = self.planned_path(planned).await?;
         let settings = self
             .associated(reading, &path, "Msvm_SettingsDefineState", SETTINGS)
             .await?
@@ -67,7 +67,7 @@ impl HyperV {
             self.manage(lease, "eject missing images", "RemoveResourceSettings", args).await?;
         }
         let settings = rooted(settings, new, &mut mended);
-        let args = vec![("SystemSettings", embedded::to_text(&settings).into())];
+        let args = vec![("SystemSettings", Value::Object(Box::new(settings)))];
         self.manage(lease, "name the planned VM", "ModifySystemSettings", args).await?;
         Ok(mended)
     }
@@ -81,8 +81,8 @@ impl HyperV {
         if settings.is_empty() {
             return Ok(());
         }
-        let texts: Vec<String> = settings.iter().map(embedded::to_text).collect();
-        let args = vec![("ResourceSettings", texts.into())];
+        let objects = settings.iter().map(|o| Value::Object(Box::new(o.clone()))).collect();
+        let args = vec![("ResourceSettings", Value::Array(objects))];
         self.manage(lease, doing, "ModifyResourceSettings", args).await?;
         Ok(())
     }
@@ -114,7 +114,7 @@ impl HyperV {
             && found.iter().any(is_missing)
         {
             let args = vec![
-                ("PlannedSystem", Value::Ref(system_path(PLANNED, planned))),
+                ("PlannedSystem", Value::Ref(self.planned_path(planned).await?)),
                 ("SnapshotFolder", folder.display().to_string().into()),
             ];
             let doing = "import the checkpoints of the planned VM";
@@ -278,7 +278,9 @@ fn connections(
                         "the adapter {name:?} was connected to the switch {:?}: here it is connected to {:?}",
                         asked.name, switch.name
                     ));
-                    changed.set("HostResource", vec![switch_path(&switch.id)]);
+                    // A path in a text: the transport makes it whole.
+                    let path = Value::Ref(switch_path(&switch.id));
+                    changed.set("HostResource", Value::Array(vec![path]));
                 }
                 Way::Off => {
                     mended.push(if new.networks.disconnect {
@@ -307,6 +309,10 @@ fn is_adapter(kind: &str) -> bool {
 fn rooted(mut settings: Object, new: &NewVm, mended: &mut Vec<String>) -> Object {
     let folder = new.folder.display().to_string();
     for (property, what) in ROOTS {
+        // Hosts before version 1709 (Server 2016) have no folder for guest state, and refuse settings that name it.
+        if settings.iter().all(|(name, _)| !name.eq_ignore_ascii_case(property)) {
+            continue;
+        }
         let before = settings.str(property).unwrap_or_default().to_owned();
         if !before.is_empty() && before != folder && !Path::new(&before).exists() {
             mended.push(format!(
@@ -355,6 +361,7 @@ mod tests {
         let after = rooted(before, &new, &mut mended);
         assert_eq!(after.str("SnapshotDataRoot"), Some("/restored"));
         assert_eq!(after.str("SwapFileDataRoot"), Some("/restored"));
+        assert_eq!(after.get("GuestStateDataRoot"), &Value::Null, "this host has none");
         assert_eq!(mended.len(), 1, "{mended:?}");
         assert!(mended[0].contains("checkpoint folder"), "{mended:?}");
     }
