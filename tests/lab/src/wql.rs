@@ -448,7 +448,7 @@ mod tests {
 
     #[test]
     fn a_path_names_the_instance_it_was_made_for() {
-        let id = r"Microsoft:A\B\0\0\D";
+        let id = r"Microsoft:A\B\0\0\L";
         let path = path_of("Msvm_X", &[("InstanceID", id), ("Name", "q\"q")]);
         let object =
             Object::new("Msvm_X", path.clone()).with("InstanceID", id).with("Name", "q\"q");

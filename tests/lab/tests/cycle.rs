@@ -141,7 +141,7 @@ async fn disks_are_paired_by_identifier_and_pass_through_disks_are_left_out() {
     let frozen = agent.frozen(&second).await;
     let ids = point.array("ResilientChangeTrackingIdentifiers");
     let names = point.array("VirtualDiskIdentifiers");
-    let at = names.iter().position(|n| n.as_str().is_some_and(|n| n.ends_with(r"\2\D")));
+    let at = names.iter().position(|n| n.as_str().is_some_and(|n| n.ends_with(r"\2\L")));
     let id = ids[at.expect("the third disk")].as_str().expect("an id");
     let changed = agent.changes(&frozen[1], id, 16 * MIB).await.expect("tracked");
     assert_eq!(changed, vec![(MIB, 64 << 10)]);

@@ -12,7 +12,7 @@ use crate::lease::Lease;
 
 /// Return values of methods.
 const DONE: u32 = 0;
-const JOB_STARTED: u32 = 4096;
+pub(super) const JOB_STARTED: u32 = 4096;
 /// Job states.
 const COMPLETED: u64 = 7;
 const COMPLETED_WITH_WARNINGS: u64 = 32768;

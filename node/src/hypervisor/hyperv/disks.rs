@@ -169,14 +169,14 @@ mod tests {
         let parts = [
             part(RESOURCE, "C0", SCSI, ""),
             part(RESOURCE, "P0", PERSISTENT_MEMORY, ""),
-            drive(r"C0\\0\\0\\L", "C0"),
-            drive(r"P0\\1\\0\\L", "P0"),
-            disk(r"C0\\0\\0\\D", r"C0\\0\\0\\L", r"C:\a.vhdx"),
-            disk(r"C0\\0\\1\\D", r"C0\\0\\0\\L", r"C:\q.vhdx")
+            drive(r"C0\\0\\0\\D", "C0"),
+            drive(r"P0\\1\\0\\D", "P0"),
+            disk(r"C0\\0\\0\\L", r"C0\\0\\0\\D", r"C:\a.vhdx"),
+            disk(r"C0\\0\\1\\L", r"C0\\0\\0\\D", r"C:\q.vhdx")
                 .with("PersistentReservationsSupported", true),
-            disk(r"C0\\0\\2\\D", r"C0\\0\\0\\L", r"C:\s.vhds"),
-            disk(r"P0\\1\\0\\D", r"P0\\1\\0\\L", r"C:\m.vhdx"),
-            part(RESOURCE, r"C0\\0\\3\\L", PASS_THROUGH, "C0")
+            disk(r"C0\\0\\2\\L", r"C0\\0\\0\\D", r"C:\s.vhds"),
+            disk(r"P0\\1\\0\\L", r"P0\\1\\0\\D", r"C:\m.vhdx"),
+            part(RESOURCE, r"C0\\0\\3\\D", PASS_THROUGH, "C0")
                 .with("HostResource", vec!["PhysicalDrive2"]),
             part("Msvm_SyntheticFcPortSettingData", r"F0\\2\\0", FIBRE_CHANNEL, ""),
         ];

@@ -46,7 +46,7 @@ impl HyperV {
     pub(super) async fn vm_state(&self, vm: VmGuid) -> Result<VmState, HypervisorError> {
         let system = self.system(vm).await?.ok_or(HypervisorError::NoSuchVm { vm })?;
         let view = self.cluster_view().await?;
-        let mut replications = self.replications().await?;
+        let mut replications = self.replications(std::slice::from_ref(&system)).await?;
         let mut seen = seen(&system, vm, &view);
         seen.replica = role(&seen, &replications);
         let status = |n: usize| {
@@ -147,15 +147,18 @@ impl HyperV {
         }
     }
 
-    /// The replications of all VMs of this host.
-    pub(super) async fn replications(&self) -> Result<Replications, HypervisorError> {
+    /// The replications of these VMs.
+    pub(super) async fn replications(
+        &self,
+        systems: &[Object],
+    ) -> Result<Replications, HypervisorError> {
         let doing = "look at VMs' replications";
         let all = self
             .optional(NS_VIRTUALIZATION, doing, "SELECT * FROM Msvm_ReplicationRelationship")
             .await?;
         let of = |r: &Object| {
             let replication = Replication {
-                side: ReplicaSide::of(r.u64("ReplicationMode")?)?,
+                side: side_in(r, systems)?,
                 state: ReplicationState::of(r.u64("ReplicationState")?),
                 health: ReplicationHealth::of(r.u64("ReplicationHealth").unwrap_or(0)),
             };
@@ -252,6 +255,16 @@ impl HyperV {
     }
 }
 
+/// Which side of a replication its VM is: a relationship does not tell, only the VM does. The second relationship of a
+/// replica is the one in which it sends on.
+fn side_in(relationship: &Object, systems: &[Object]) -> Option<ReplicaSide> {
+    let vm = VmGuid(wql::settings_guid(relationship)?);
+    let system = systems.iter().find(|o| wql::named_guid(o) == Some(vm))?;
+    let side = ReplicaSide::of(system.u64("ReplicationMode")?)?;
+    let second = relationship.str("InstanceID").is_some_and(|id| id.ends_with(r"\HVR\1"));
+    Some(if second && side == ReplicaSide::Replica { ReplicaSide::Primary } else { side })
+}
+
 fn small(number: u64) -> Option<u32> {
     u32::try_from(number).ok()
 }
@@ -343,6 +356,30 @@ mod tests {
         assert_eq!(of("OSName"), Some("Windows Server 2022 Datacenter"));
         assert_eq!(of("SomethingOfTheFuture"), Some("1 & 2 < 3"));
         assert_eq!(found.len(), 3, "the damaged one is left out");
+    }
+
+    /// Server 2012 R2 to 2025: relationships have no ReplicationMode.
+    #[test]
+    fn the_side_of_a_replication_is_told_by_its_vm() {
+        let guid = "11111111-2222-3333-4444-555555555555";
+        let side = |mode: u32, number: u32| {
+            let system =
+                Object::new(wql::SYSTEM, "p").with("Name", guid).with("ReplicationMode", mode);
+            let id = format!(r"Microsoft:{guid}\HVR\{number}");
+            side_in(
+                &Object::new("Msvm_ReplicationRelationship", "r").with("InstanceID", id),
+                &[system],
+            )
+        };
+        assert_eq!(side(0, 0), None);
+        assert_eq!(side(1, 0), Some(ReplicaSide::Primary));
+        assert_eq!(side(2, 0), Some(ReplicaSide::Replica));
+        assert_eq!(side(2, 1), Some(ReplicaSide::Primary), "it sends on");
+        assert_eq!(side(3, 0), Some(ReplicaSide::Test));
+        assert_eq!(side(4, 1), Some(ReplicaSide::Extended));
+        let other = Object::new(wql::SYSTEM, "p").with("Name", "HV1");
+        let alone = Object::new("r", "").with("InstanceID", format!(r"Microsoft:{guid}\HVR\0"));
+        assert_eq!(side_in(&alone, &[other]), None);
     }
 
     /// Facts 4.1: bits of nodes, groups and resources.

@@ -26,8 +26,11 @@ const EXISTS: u32 = 5010;
 const NO_GROUP: u32 = 5013;
 /// No hour: failback at once.
 const NO_HOUR: u32 = u32::MAX;
-/// How long the cluster may take to stop or start a VM, seconds.
-const RESOURCE_WAIT: u32 = 300;
+/// How long the cluster's own call may wait for a VM that stops or starts, seconds: less than a call of ours, so that a VM
+/// with much memory is no call without an answer. What becomes of it is looked for in the VM's own state.
+pub(super) const RESOURCE_WAIT: u32 = 60;
+/// WAIT_TIMEOUT, ERROR_IO_PENDING, ERROR_TIMEOUT: the resource is on its way.
+const PENDING: [u32; 3] = [258, 997, 1460];
 
 impl HyperV {
     /// The cluster's resource of a VM; `None` when it is not clustered.
@@ -221,7 +224,7 @@ impl HyperV {
 
     /// Calls a method of the cluster that changes something. A busy cluster is asked again with growing pauses. These
     /// methods give no value on a real cluster, they fail or do not; a value is understood, too.
-    async fn cluster_change(
+    pub(super) async fn cluster_change(
         &self,
         lease: &Lease,
         doing: &str,
@@ -242,6 +245,7 @@ impl HyperV {
             };
             let failure = match (answer, code) {
                 (Ok(_), 0) => return Ok(()),
+                (_, code) if PENDING.contains(&code) => return Ok(()),
                 (Err(e), 0) => return Err(provider(doing)(e)),
                 (answer, code) => {
                     let told = answer.err().map(|e| e.to_string());

@@ -41,7 +41,7 @@ impl HyperV {
         parts.extend(self.query(listing, &format!("SELECT * FROM {RESOURCE}")).await?);
         let parts = by_settings(parts);
         let view = self.cluster_view().await?;
-        let replications = self.replications().await?;
+        let replications = self.replications(&systems).await?;
         let nothing = Vec::new();
         let mut vms = Vec::new();
         for system in &systems {
@@ -72,7 +72,7 @@ impl HyperV {
     ) -> Result<Option<VmSeen>, HypervisorError> {
         let Some(system) = self.system(vm).await? else { return Ok(None) };
         let mut seen = seen(&system, vm, view);
-        seen.replica = role(&seen, &self.replications().await?);
+        seen.replica = role(&seen, &self.replications(std::slice::from_ref(&system)).await?);
         if let Some(settings) = self.active_settings(vm).await? {
             configured(&mut seen, &settings);
             let parts = self.components(&settings).await?;
@@ -151,8 +151,7 @@ pub(super) fn seen(system: &Object, vm: VmGuid, view: &ClusterView) -> VmSeen {
     }
 }
 
-/// What a VM is by its replications: the computer system's own ReplicationMode is said to be out of use since Windows 8.1,
-/// and one of the two may be missing.
+/// What a VM is by its replications, else by its own ReplicationMode, which stays when none is active.
 pub(super) fn role(seen: &VmSeen, replications: &Replications) -> ReplicaRole {
     let sides = || replications.get(&seen.guid).into_iter().flatten().map(|r| r.side);
     if sides().any(|side| side == ReplicaSide::Test) {

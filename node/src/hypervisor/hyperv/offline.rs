@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use outrider_process::backoff::Backoff;
 use outrider_proto::ids::VmGuid;
-use outrider_wmi::{NS_CLUSTER, Object};
+use outrider_wmi::Object;
 use tokio::time::Instant;
 
 use super::HyperV;
-use super::call::provider;
+use super::group::RESOURCE_WAIT;
 use super::import::RUN;
 use super::wql;
 use crate::hypervisor::Power;
@@ -18,8 +18,6 @@ use crate::lease::Lease;
 
 /// RequestedState: save.
 const SAVE: u32 = 6;
-/// Seconds that the cluster itself may wait for its resource; we look for the VM's own state.
-const CLUSTER_WAIT: u32 = 300;
 const FIRST_LOOK: Duration = Duration::from_millis(20);
 const LONGEST_LOOK: Duration = Duration::from_secs(2);
 
@@ -67,14 +65,8 @@ impl HyperV {
         verb: &str,
     ) -> Result<(), HypervisorError> {
         let doing = format!("{verb} VM {vm} through its cluster resource");
-        lease.may_mutate()?;
-        let args = vec![("TimeOut".to_owned(), CLUSTER_WAIT.into())];
-        // No return value: refusals are errors of the provider.
-        self.wmi
-            .exec_method(NS_CLUSTER, &resource.path, method, args)
-            .await
-            .map_err(provider(&doing))?;
-        Ok(())
+        let args = vec![("TimeOut".to_owned(), RESOURCE_WAIT.into())];
+        self.cluster_change(lease, &doing, &resource.path, method, args).await
     }
 
     async fn power_of(&self, vm: VmGuid) -> Result<Power, HypervisorError> {

@@ -133,11 +133,11 @@ mod tests {
     fn disks_are_paired_by_identifier_and_an_odd_list_means_no_tracking() {
         let object = Object::new(REFERENCE_POINT, "p")
             .with("InstanceID", r"Microsoft:VM\RP")
-            .with("VirtualDiskIdentifiers", vec![r"Microsoft:VM\B\0\1\D", r"Microsoft:VM\A\0\0\D"])
+            .with("VirtualDiskIdentifiers", vec![r"Microsoft:VM\B\0\1\L", r"Microsoft:VM\A\0\0\L"])
             .with("ResilientChangeTrackingIdentifiers", vec!["rct-b", ""]);
         let point = reference_point(&object).expect("a point");
-        assert_eq!(point.tracking_of(r"B\0\1\D"), Some("rct-b"));
-        assert_eq!(point.tracking_of(r"A\0\0\D"), None, "an empty id is no id");
+        assert_eq!(point.tracking_of(r"B\0\1\L"), Some("rct-b"));
+        assert_eq!(point.tracking_of(r"A\0\0\L"), None, "an empty id is no id");
         let odd = object.with("ResilientChangeTrackingIdentifiers", vec!["rct-b"]);
         assert!(reference_point(&odd).expect("a point").tracking.is_empty());
     }

@@ -9,7 +9,6 @@ use tokio::time::Instant;
 
 use super::HyperV;
 use super::import::TURN_OFF;
-use super::snapshot::files_of;
 use super::user_checkpoints::USER_CHECKPOINT;
 use super::wql::{self, REALIZED, SETTINGS, literal};
 use crate::hypervisor::error::HypervisorError;
@@ -45,8 +44,8 @@ impl HyperV {
                 id: d.disk_id,
             })
             .collect();
-        aside.config = match self.settings_by_type(vm, REALIZED).await?.first() {
-            Some(settings) => files_of(settings),
+        aside.config = match self.settings_by_type(vm, REALIZED).await?.into_iter().next() {
+            Some(settings) => self.existing_files(settings).await?,
             None => Vec::new(),
         };
         Ok(aside)

@@ -177,7 +177,19 @@ impl HyperV {
         &self,
         checkpoint: &Checkpoint,
     ) -> Result<Vec<PathBuf>, HypervisorError> {
-        Ok(files_of(&self.settings_of(checkpoint).await?))
+        self.existing_files(self.settings_of(checkpoint).await?).await
+    }
+
+    /// As `files_of`, elsewhere: a volume may be away.
+    pub(super) async fn existing_files(
+        &self,
+        settings: Object,
+    ) -> Result<Vec<PathBuf>, HypervisorError> {
+        let look = tokio::task::spawn_blocking(move || files_of(&settings));
+        look.await.map_err(|_| HypervisorError::Odd {
+            doing: "look for configuration files".into(),
+            detail: "a thread of the agent failed".into(),
+        })
     }
 
     /// Removes a checkpoint of any kind, of a VM or of a planned one.
@@ -229,7 +241,7 @@ pub(super) fn checkpoint(settings: &Object) -> Option<Checkpoint> {
 }
 
 /// The configuration files that settings (of a VM or a checkpoint) name and that exist.
-pub(super) fn files_of(settings: &Object) -> Vec<PathBuf> {
+fn files_of(settings: &Object) -> Vec<PathBuf> {
     let text = |name| settings.str(name).unwrap_or_default();
     let definition = joined(text("ConfigurationDataRoot"), text("ConfigurationFile"));
     let mut found = set_of(&definition);

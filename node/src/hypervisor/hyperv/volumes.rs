@@ -67,9 +67,9 @@ impl HyperV {
             let shared = free.iter().filter(|(root, _)| on(root)).max_by_key(|(r, _)| depth(r));
             let (place, bytes) = match shared {
                 Some((root, free)) => (root.clone(), *free),
-                None => match outrider_process::fs::free_space(existing(folder)) {
-                    Ok(free) => (folder.to_owned(), free),
-                    Err(_) => continue,
+                None => match free_at(folder.to_owned()).await {
+                    Some(free) => (folder.to_owned(), free),
+                    None => continue,
                 },
             };
             let place = csv.map_or(place, |c| c.folder.clone());
@@ -90,6 +90,12 @@ impl HyperV {
 
 fn depth(path: &Path) -> usize {
     path.as_os_str().len()
+}
+
+/// Free bytes on the volume of a folder. Asked elsewhere: it may be away.
+async fn free_at(folder: PathBuf) -> Option<u64> {
+    let ask = move || outrider_process::fs::free_space(existing(&folder)).ok();
+    tokio::task::spawn_blocking(ask).await.ok().flatten()
 }
 
 /// The nearest folder that exists.

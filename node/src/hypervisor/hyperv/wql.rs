@@ -76,9 +76,9 @@ mod tests {
 
     #[test]
     fn the_slot_is_what_vm_and_checkpoint_settings_have_in_common() {
-        let of_vm = r"Microsoft:11111111-1111-1111-1111-111111111111\83F8638B\0\1\D";
-        let of_checkpoint = r"Microsoft:22222222-2222-2222-2222-222222222222\83F8638B\0\1\D";
+        let of_vm = r"Microsoft:11111111-1111-1111-1111-111111111111\83F8638B\0\1\L";
+        let of_checkpoint = r"Microsoft:22222222-2222-2222-2222-222222222222\83F8638B\0\1\L";
         assert_eq!(slot(of_vm), slot(of_checkpoint));
-        assert_eq!(slot(of_vm), Some(r"83F8638B\0\1\D"));
+        assert_eq!(slot(of_vm), Some(r"83F8638B\0\1\L"));
     }
 }

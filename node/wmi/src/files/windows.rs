@@ -58,6 +58,14 @@ impl HostFiles for WindowsFiles {
     }
 
     fn attach(&self, path: &Path) -> io::Result<Option<Attached>> {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| match privilege::enable_attach() {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!(
+                "this account may not perform volume maintenance tasks: virtual disks cannot be attached"
+            ),
+            Err(e) => tracing::warn!(error = %e, "the privilege to attach virtual disks cannot be enabled"),
+        });
         VirtualDisk::open(path)?.attach().map(Some)
     }
 

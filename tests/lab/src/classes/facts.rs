@@ -141,7 +141,6 @@ pub(super) fn relationships(vm: &Vm) -> Vec<Object> {
         let class = "Msvm_ReplicationRelationship";
         Object::new(class, path_of(class, &[("InstanceID", &id)]))
             .with("InstanceID", id)
-            .with("ReplicationMode", relation.mode)
             .with("ReplicationState", relation.state)
             .with("ReplicationHealth", relation.health)
     };
@@ -195,7 +194,7 @@ pub(super) fn controller_of(config: Uuid, disk: &Disk) -> Value {
 
 /// The settings of a disk that no checkpoint holds, besides its drive; and what kind of slot it is in.
 pub(super) fn device(config: Uuid, disk: &Disk, drive: &str) -> Option<(&'static str, Object)> {
-    let id = format!("Microsoft:{}\\{}\\0\\{}\\D", guid(config), guid(disk.id), disk.location);
+    let id = format!("Microsoft:{}\\{}\\0\\{}\\L", guid(config), guid(disk.id), disk.location);
     let file = |path: &std::path::Path, shared: bool| {
         Object::new(SASD, path_of(SASD, &[("InstanceID", &id)]))
             .with("InstanceID", id.as_str())

@@ -266,11 +266,11 @@ fn planned_checkpoint(vm: &Vm, c: &Checkpoint) -> Object {
 
 /// InstanceID of a disk's SASD in the settings `config` (VM or checkpoint).
 fn sasd_id(config: Uuid, disk: &Disk) -> String {
-    format!("Microsoft:{}\\{}\\0\\{}\\D", guid(config), guid(disk.id), disk.location)
+    format!("Microsoft:{}\\{}\\0\\{}\\L", guid(config), guid(disk.id), disk.location)
 }
 
 fn drive_id(config: Uuid, disk: &Disk) -> String {
-    format!("Microsoft:{}\\{}\\0\\{}\\L", guid(config), guid(disk.id), disk.location)
+    format!("Microsoft:{}\\{}\\0\\{}\\D", guid(config), guid(disk.id), disk.location)
 }
 
 fn disk_settings(config: Uuid, disk: &Disk, path: Option<&std::path::Path>) -> Vec<Object> {

@@ -43,7 +43,7 @@ async fn changes(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal
         return Ok(Outcome::code(INVALID));
     };
     // Only valid for VHD sets.
-    if call.args.has("TargetSnapshotId") {
+    if !call.args.str("TargetSnapshotId").is_empty() {
         return Ok(Outcome::code(INVALID));
     }
     let found = cluster.read(|s| {

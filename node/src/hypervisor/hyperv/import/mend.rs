@@ -174,8 +174,12 @@ fn restored_as<'a>(
 fn file_for<'a>(disks: &'a [(String, std::path::PathBuf)], slot: &str) -> Option<&'a Path> {
     let place = |slot: &str| slot.split_once('\\').map(|(_, place)| place.to_ascii_lowercase());
     let same = disks.iter().find(|(s, _)| s.eq_ignore_ascii_case(slot));
-    same.or_else(|| disks.iter().find(|(s, _)| place(s) == place(slot)))
-        .map(|(_, file)| file.as_path())
+    let file = same.or_else(|| {
+        // Two controllers have the same places: better no disk than another one's.
+        let mut there = disks.iter().filter(|(s, _)| place(s) == place(slot));
+        there.next().filter(|_| there.next().is_none())
+    });
+    file.map(|(_, file)| file.as_path())
 }
 
 /// The disks' settings with the restored files in them.
@@ -349,6 +353,21 @@ mod tests {
         chosen(&switch("A1", "LAN"), &choices).expect_err("no such switch here");
         let off = Networks { disconnect: true, ..Networks::default() };
         assert_eq!(chosen(&switch("A1", "LAN"), &off), Ok(Way::Off));
+    }
+
+    #[test]
+    fn a_disk_goes_to_its_slot_or_to_the_only_one_of_its_place() {
+        let disk = |slot: &str, file: &str| (slot.to_owned(), std::path::PathBuf::from(file));
+        let one = [disk(r"A\0\0\L", "system"), disk(r"A\0\1\L", "data")];
+        assert_eq!(file_for(&one, r"a\0\1\l"), Some(Path::new("data")));
+        assert_eq!(
+            file_for(&one, r"NEW\0\1\L"),
+            Some(Path::new("data")),
+            "a controller of a new GUID"
+        );
+        let two = [disk(r"A\0\0\L", "system"), disk(r"B\0\0\L", "data")];
+        assert_eq!(file_for(&two, r"B\0\0\L"), Some(Path::new("data")));
+        assert_eq!(file_for(&two, r"NEW\0\0\L"), None, "which of the two is not known");
     }
 
     #[test]
