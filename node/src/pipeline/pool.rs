@@ -129,7 +129,7 @@ mod tests {
     #[tokio::test]
     async fn a_read_that_stands_keeps_nobody_from_thread_or_memory() {
         let pool = Pool { stands: Duration::from_millis(10), ..Pool::new(1, ALL) };
-        let (goes_on, volume) = std::sync::mpsc::channel::<u32>();
+        let (goes_on, volume) = std::sync::mpsc::sync_channel::<u32>(1);
         let standing = pool.clone();
         let standing =
             tokio::spawn(async move { standing.read(ALL, move || volume.recv().ok()).await });
@@ -154,7 +154,7 @@ mod tests {
     #[tokio::test]
     async fn a_read_that_does_not_stand_holds_its_worker_and_a_job_has_so_many_turns() {
         let pool = Pool { stands: LONG, ..Pool::new(1, ALL) };
-        let (goes_on, volume) = std::sync::mpsc::channel::<()>();
+        let (goes_on, volume) = std::sync::mpsc::sync_channel::<()>(1);
         let reading = pool.clone();
         let reading = tokio::spawn(async move { reading.read(1, move || volume.recv()).await });
         while pool.workers.available_permits() > 0 {

@@ -106,11 +106,7 @@ pub fn from_text(text: &str) -> Result<Object, EmbeddedError> {
             (
                 "QUALIFIER" | "METHOD" | "VALUE.OBJECT" | "PROPERTY.OBJECT" | "PROPERTY.REFERENCE",
                 false,
-            ) => {
-                if !tag.empty {
-                    reader.skip(tag.name)?;
-                }
-            }
+            ) if !tag.empty => reader.skip(tag.name)?,
             ("VALUE.NULL", false) => {
                 if let Some((_, _, Some(items), _)) = property.as_mut() {
                     items.push(Value::Null);
