@@ -84,6 +84,9 @@ pub(crate) enum Waits {
     FabricBusy,
 }
 
+/// What lies farther ahead than any pause was set by a leader whose clock was wrong.
+const HOUR_MS: u64 = 3_600_000;
+
 /// All decisions that are due.
 pub(crate) fn decide(state: &State, live: &Live, limits: &Limits, now_ms: u64) -> Vec<Decision> {
     let mut decisions = due_groups(state, now_ms);
@@ -95,8 +98,11 @@ pub(crate) fn decide(state: &State, live: &Live, limits: &Limits, now_ms: u64) -
 
 fn due_groups(state: &State, now_ms: u64) -> Vec<Decision> {
     let due = state.groups.iter().filter_map(|(id, group)| {
-        let at = group.next_run_ms.filter(|at| *at <= now_ms)?;
-        Some((*id, at, group.policy.every_ms.max(1)))
+        let every = group.policy.every_ms.max(1);
+        let at = group.next_run_ms?;
+        // Set by a leader whose clock was ahead: nobody would notice that nothing runs any more.
+        let at = if group.is_beyond_reason(at, now_ms) { now_ms } else { at };
+        (at <= now_ms).then_some((*id, at, every))
     });
     due.map(|(group, at, every)| {
         let (vms, others): (Vec<_>, Vec<_>) = state
@@ -152,7 +158,9 @@ fn due_cleanups(state: &State, limits: &Limits, now_ms: u64) -> Vec<Decision> {
         .filter(|vm| state.vms.get(vm).is_some_and(Vm::is_workable))
         .filter(|vm| {
             state.cleanups.get(vm).is_none_or(|tries| {
-                tries.failed == 0 || tries.last_ms + back_off(limits, tries.failed) <= now_ms
+                tries.failed == 0
+                    || tries.last_ms.saturating_add(back_off(limits, tries.failed)) <= now_ms
+                    || tries.last_ms > now_ms.saturating_add(HOUR_MS)
             })
         })
         .map(|vm| Decision::Cleanup { vm: vm.clone() })
@@ -196,6 +204,8 @@ fn ready(
 ) -> Result<(String, u64, PlacementEpoch), Waits> {
     if let Stage::Pending { not_before_ms } = job.stage
         && not_before_ms > now_ms
+        // Longer than any pause: set by a leader whose clock was ahead.
+        && not_before_ms <= now_ms.saturating_add(limits.back_off_max_ms.max(HOUR_MS))
     {
         return Err(Waits::BackOff(not_before_ms));
     }

@@ -77,7 +77,10 @@ pub async fn export_disks(
     let mut written = Vec::new();
     for (index, disk) in manifest.disks.iter().enumerate() {
         let name = safe_name(&disk.file_name, &format!("disk{index}"));
-        let path = dir.join(named_as(&name, image_extension(disk)));
+        let taken: Vec<String> =
+            written.iter().filter_map(|path: &PathBuf| name_in(path)).collect();
+        let taken: Vec<&str> = taken.iter().map(String::as_str).collect();
+        let path = dir.join(files::unlike(&taken, named_as(&name, image_extension(disk))));
         match export_disk(reader, disk, manifest.chunk_size, &path).await {
             Ok(_) => written.push(path),
             Err(e) => {
@@ -155,6 +158,10 @@ pub async fn export_disk(
     let (file, like) = (path.to_owned(), disk.clone());
     let create = move || new_image(&file, &like, true);
     disk::write(reader, disk, None, chunk_size, path, create).await
+}
+
+fn name_in(path: &Path) -> Option<String> {
+    Some(path.file_name()?.to_string_lossy().into_owned())
 }
 
 /// The file name without any folder that a manifest might hold.
@@ -270,7 +277,7 @@ async fn restore_vm(
         return Err(JobError::Unfit(why).into());
     }
     warnings.extend(hyperv.then(|| precheck::target_remark(&target.folder)).flatten());
-    if target.replaces.is_some() || work.keep_guid {
+    if work.keep_guid || target.replaces == Some(manifest.vm.guid) {
         // Whatever tracks changes of these disks knows nothing of what is written now.
         context
             .coordinator

@@ -14,14 +14,14 @@ use outrider_lab::{
 };
 use outrider_node::config::Limits;
 use outrider_node::fakes::sealer;
-use outrider_node::hypervisor::{Change, Hypervisor, Inventory};
+use outrider_node::hypervisor::{Change, CheckpointRequest, Hypervisor, Inventory};
 use outrider_node::job::{self, JobContext, Progress};
 use outrider_node::lease::Lease;
 use outrider_node::metrics::NodeMetrics;
 use outrider_node::pipeline::Pool;
 use outrider_node::source::Sources;
 use outrider_process::clock::{Clock, SystemClock};
-use outrider_proto::ids::{LeaseEpoch, VmGuid};
+use outrider_proto::ids::{JobId, LeaseEpoch, VmGuid};
 use outrider_proto::rpc::{self, BackupKind, Consistency, JobLease, job_lease::Work};
 use tokio::sync::watch;
 
@@ -124,6 +124,46 @@ async fn killed_at_any_call_of_the_hypervisor_the_next_attempt_finishes_clean_an
     }
 }
 
+/// J12: another product's checkpoint that comes first is waited for, and never removed, however long it lasts. Its duty is over
+/// meanwhile: an open one says that a checkpoint without a name may be ours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_products_checkpoint_that_comes_first_is_never_taken_for_ours() {
+    let world = World::small().await;
+    let spec = HoldSpec {
+        method: "CreateSnapshot".into(),
+        vm: Some(world.name()),
+        host: Some("alpha".into()),
+        when: When::Before,
+    };
+    let hold = world.lab.hold(spec).await.expect("a hold");
+    let job = Job::new(BackupKind::Full);
+    let mut times = times();
+    times.busy_patience = Duration::from_secs(2);
+    let attempt = world.attempt_with(job, "alpha", 1, lab_world::work(), times).await;
+    world.lab.wait(WaitFor::MethodHeld { hold }, DEADLINE).await.expect("ours is asked for");
+    let clock = Arc::new(SystemClock::new());
+    let hour = Duration::from_secs(3600);
+    let lease = Lease::granted(JobId::random(), LeaseEpoch(1), hour, false, clock.clone());
+    lease.renew(clock.monotonic());
+    let other = world.hypervisor("alpha").await;
+    let request = CheckpointRequest { quiesce: false, truncate_logs: false };
+    let theirs = other
+        .create_checkpoint(&lease, world.key().guid, "Another product", request)
+        .await
+        .expect("theirs is made first");
+    world.lab.release(hold).await.expect("ours is refused now");
+    assert!(!attempt.end().await, "no point can be made");
+    let end = world.coordinator.with(|d| d.finished.last().cloned()).expect("it ended");
+    assert!(end.message.contains("Another product") && end.retry, "{end:?}");
+    let vm = world.lab.vm(&world.name()).await.expect("it is there");
+    let names: Vec<_> = vm.checkpoints.iter().map(|c| c.id).collect();
+    assert_eq!(names, [theirs.id.0], "theirs stays");
+    let open = world
+        .coordinator
+        .with(|d| d.duties.iter().filter(|duty| duty.state() != rpc::DutyState::Done).count());
+    assert_eq!(open, 0, "nothing of ours is there to be cleaned up");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_migration_in_the_middle_the_new_host_reads_only_what_is_missing() {
     for switch in [CheckpointOnMigration::Travels, CheckpointOnMigration::Lost] {
@@ -145,7 +185,7 @@ async fn after_a_migration_in_the_middle_the_new_host_reads_only_what_is_missing
         let good = world.attempt(job, "beta", 2).await.end().await;
         assert!(good, "{switch:?}: {:?}", world.coordinator.with(|d| d.finished.last().cloned()));
         let stats = world.commit(job).stats.expect("figures");
-        assert_eq!(stats.resent_bytes, 0, "{switch:?}");
+        assert!(stats.resent_bytes <= lab_world::IN_HAND, "{switch:?}: {stats:?}");
         if switch == CheckpointOnMigration::Lost {
             assert_eq!(stats.reread_bytes, 0, "another checkpoint is no second reading: {stats:?}");
         } else {

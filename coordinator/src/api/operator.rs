@@ -317,7 +317,7 @@ impl Operator for OperatorService {
                 .values()
                 .filter(|p| vm.as_ref().is_none_or(|vm| p.vm == *vm))
                 .collect();
-            points.sort_by_key(|p| (p.taken_ms, p.committed_ms));
+            points.sort_by_key(|p| (p.committed_ms, p.taken_ms));
             Ok(points.into_iter().map(view::point).collect())
         });
         Ok(Response::new(rpc::ListPointsReply { points: points.map_err(named)? }))

@@ -15,8 +15,13 @@ use crate::state::State;
 use crate::state::groups::Policy;
 use crate::state::jobs::{Job, Lease, Work};
 
-/// Long jobs outlive many leases; storage fences by lease epoch, and commits are fenced by the state.
-const TICKET_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// A ticket is given once a lease, and a lease lasts as long as its job goes on: the first backup of a large VM takes days. What a
+/// ticket that lives too long could do is little: it is good for its host's certificate only, it reads no data, what it writes is
+/// fenced by the lease's epoch, and commits are fenced by the state.
+const BACKUP_TICKET_LIFE: Duration = Duration::from_secs(60 * DAY);
+/// One for a restore reads data.
+const RESTORE_TICKET_LIFE: Duration = Duration::from_secs(14 * DAY);
+const DAY: u64 = 24 * 3600;
 /// Reads of this size run at a disk's full speed.
 const READ_BYTES: u32 = 4 << 20;
 
@@ -39,11 +44,11 @@ pub(super) fn lease_message(
 ) -> rpc::JobLease {
     let (domain_keys, domain_chunk) = keys.default_domain();
     let policy = state.group_of(&job.vm).map(|(_, g)| g.policy.clone()).unwrap_or_default();
-    let operations = match job.work {
-        Work::Backup { .. } => Operations::BACKUP,
-        Work::Restore(_) => Operations::RESTORE,
+    let (operations, life) = match job.work {
+        Work::Backup { .. } => (Operations::BACKUP, BACKUP_TICKET_LIFE),
+        Work::Restore(_) => (Operations::RESTORE, RESTORE_TICKET_LIFE),
         // Cleaning up needs the hypervisor only.
-        Work::Cleanup { .. } => Operations(0),
+        Work::Cleanup { .. } => (Operations(0), BACKUP_TICKET_LIFE),
     };
     let ticket = Ticket {
         operations,
@@ -52,7 +57,7 @@ pub(super) fn lease_message(
         vm: job.vm.guid,
         domain: domain_keys.domain,
         lease_epoch: lease.epoch,
-        not_after_unix_ms: not_after(now_ms),
+        not_after_unix_ms: not_after(now_ms, life),
         host: lease.host.clone(),
     };
     rpc::JobLease {
@@ -142,11 +147,11 @@ pub(crate) fn operator_ticket(
         vm,
         domain: domain.domain,
         lease_epoch: LeaseEpoch(0),
-        not_after_unix_ms: not_after(now_ms),
+        not_after_unix_ms: not_after(now_ms, RESTORE_TICKET_LIFE),
         host: operator.to_owned(),
     })
 }
 
-fn not_after(now_ms: u64) -> u64 {
-    now_ms.saturating_add(u64::try_from(TICKET_LIFE.as_millis()).unwrap_or(u64::MAX))
+fn not_after(now_ms: u64, life: Duration) -> u64 {
+    now_ms.saturating_add(u64::try_from(life.as_millis()).unwrap_or(u64::MAX))
 }

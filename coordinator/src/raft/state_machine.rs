@@ -1,6 +1,7 @@
 //! The state machine: the state in memory, rebuilt at a start from the last snapshot and the log behind it.
 
 use std::io::Cursor;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use openraft::storage::{RaftStateMachine, Snapshot};
 use openraft::{
@@ -17,6 +18,8 @@ use crate::state::Outcome;
 pub(crate) struct StateMachine {
     snapshots: sled::Tree,
     replica: Replica,
+    /// Held while a snapshot takes the place of another.
+    storing: Arc<Mutex<()>>,
 }
 
 const META: &str = "meta";
@@ -24,7 +27,7 @@ const CONTENT: &str = "content";
 
 impl StateMachine {
     pub(super) fn new(snapshots: sled::Tree, replica: Replica) -> Self {
-        Self { snapshots, replica }
+        Self { snapshots, replica, storing: Arc::default() }
     }
 
     /// The last snapshot: its meta record and its content.
@@ -34,16 +37,28 @@ impl StateMachine {
         Ok(snapshots.get(META)?.zip(snapshots.get(CONTENT)?))
     }
 
-    /// On disk when it returns: the log before it may be purged.
+    /// On disk when it returns: the log before it may be purged. Never in the place of a newer one: a snapshot is built beside
+    /// the one that a leader sends, and the log between them may be gone by then.
     async fn store(
         &self,
         meta: &SnapshotMeta<u64, BasicNode>,
         content: &[u8],
     ) -> Result<(), StorageError> {
-        let mut batch = sled::Batch::default();
-        batch.insert(META, encode(meta));
-        batch.insert(CONTENT, content);
-        self.snapshots.apply_batch(batch).map_err(|e| failed(&e))?;
+        {
+            let _turn = self.storing.lock().unwrap_or_else(PoisonError::into_inner);
+            let stored = self.snapshots.get(META).map_err(|e| failed(&e))?;
+            let stored: Option<SnapshotMeta<u64, BasicNode>> = stored
+                .map(|meta| serde_json::from_slice(&meta))
+                .transpose()
+                .map_err(|e| failed(&e))?;
+            if stored.is_some_and(|stored| stored.last_log_id > meta.last_log_id) {
+                return Ok(());
+            }
+            let mut batch = sled::Batch::default();
+            batch.insert(META, encode(meta));
+            batch.insert(CONTENT, content);
+            self.snapshots.apply_batch(batch).map_err(|e| failed(&e))?;
+        }
         self.snapshots.flush_async().await.map_err(|e| failed(&e))?;
         Ok(())
     }
@@ -113,9 +128,11 @@ impl RaftStateMachine<Types> for StateMachine {
 
 impl RaftSnapshotBuilder<Types> for StateMachine {
     async fn build_snapshot(&mut self) -> Result<Snapshot<Types>, StorageError> {
-        let (content, last_log_id, last_membership) = self
-            .replica
-            .with_applied(|applied| (encode(applied), applied.last, applied.membership.clone()));
+        // Encoding a large state takes long; nobody waits for it, neither for the state nor for the thread.
+        let applied = self.replica.with_applied(Applied::clone);
+        let (last_log_id, last_membership) = (applied.last, applied.membership.clone());
+        let content =
+            tokio::task::spawn_blocking(move || encode(&applied)).await.map_err(|e| failed(&e))?;
         let snapshot_id = last_log_id.map_or_else(
             || "empty".to_owned(),
             |id| format!("{}-{}-{}", id.leader_id.term, id.leader_id.node_id, id.index),

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::state::Change;
 use crate::state::duties::DutyState;
 use crate::state::groups::{NewGroup, Policy};
 use crate::state::tests::World;
+use crate::state::{Change, Command};
 
 fn live(hosts: &[&str]) -> Live {
     Live { attached: hosts.iter().map(|h| ((*h).to_owned(), 1)).collect() }
@@ -63,6 +63,30 @@ fn a_group_runs_at_its_interval_and_missed_runs_are_one() {
         let decided = decide(&w.state, &all(), &Limits::default(), now);
         assert_eq!(decided.first(), expected.as_ref(), "at {now}");
     }
+}
+
+#[test]
+fn a_run_that_a_wrong_clock_put_off_for_a_year_is_due_and_an_hour_between_clocks_is_not() {
+    const HOUR: u64 = 3_600_000;
+    let mut w = World::new();
+    let vm = w.vm(1, "hv1");
+    let id = group(&mut w, &[&vm], HOUR);
+    let next = |w: &World| w.state.groups[&id].next_run_ms;
+    let run = |w: &mut World, now: u64| {
+        let decided = decide(&w.state, &all(), &Limits::default(), now);
+        let Some(Decision::RunGroup { next_run_ms, .. }) = decided.first() else { return false };
+        let run =
+            Change::RunGroup { group: id, jobs: vec![], skipped: 0, next_run_ms: *next_run_ms };
+        w.state.apply(Command { at_ms: now, change: run });
+        true
+    };
+    let (today, in_a_year) = (HOUR * 10, HOUR * 9_000);
+    assert!(run(&mut w, in_a_year), "a leader's clock is a year ahead");
+    assert!(next(&w).is_some_and(|at| at > in_a_year));
+    assert!(run(&mut w, today), "the next leader's is right");
+    assert_eq!(next(&w), Some(today + HOUR));
+    assert!(!run(&mut w, today - HOUR), "one that is an hour behind runs nothing twice");
+    assert_eq!(next(&w), Some(today + HOUR));
 }
 
 #[test]

@@ -192,6 +192,10 @@ impl State {
         for (job, epoch) in self.jobs.leased_to(host) {
             self.lease_lost(job, epoch, "the host was removed from the fabric", 0, now);
         }
+        if force {
+            // Whether it crashed, nobody will be able to tell any more.
+            self.host_lost_tracking(host, now);
+        }
         let there = self.vms.values_mut().filter(|vm| vm.host.as_deref() == Some(host));
         for vm in there {
             // Nobody looks at it any more, until another agent shows it.

@@ -26,6 +26,15 @@ pub(crate) struct Group {
     pub(crate) skipped_runs: u64,
 }
 
+impl Group {
+    /// Whether the next run is so far away that only a wrong clock can have set it. Clocks that are an hour apart are no reason.
+    pub(crate) fn is_beyond_reason(&self, next_run_ms: u64, now_ms: u64) -> bool {
+        const HOUR_MS: u64 = 3_600_000;
+        let farthest = self.policy.every_ms.saturating_mul(2).saturating_add(HOUR_MS);
+        next_run_ms > now_ms.saturating_add(farthest)
+    }
+}
+
 /// What a group wants.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Policy {
@@ -186,7 +195,11 @@ impl State {
         // Two leaders may both decide on one run; the second one finds it done.
         match self.groups.get_mut(&id) {
             None => return Refusal::UnknownGroup(id).into(),
-            Some(group) if group.next_run_ms.is_none_or(|at| at >= next_run_ms) => {
+            Some(group)
+                if group
+                    .next_run_ms
+                    .is_none_or(|at| at >= next_run_ms && !group.is_beyond_reason(at, now)) =>
+            {
                 return Outcome::Done;
             }
             Some(group) => {

@@ -103,7 +103,7 @@ impl State {
         Outcome::Done
     }
 
-    fn host_lost_tracking(&mut self, host: &str, now: u64) {
+    pub(super) fn host_lost_tracking(&mut self, host: &str, now: u64) {
         let there: Vec<_> = self
             .vms
             .iter()

@@ -1,10 +1,12 @@
 //! The leases that this host holds, and the task of each.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrider_process::tasks::TaskGroup;
+use futures::FutureExt;
+use outrider_process::tasks::{TaskGroup, panic_text};
 use outrider_process::telemetry::propagate;
 use outrider_proto::ids::{JobId, LeaseEpoch, WriterId};
 use outrider_proto::model::parse;
@@ -204,29 +206,60 @@ async fn work(
     match context(&agent, &message, &lease, &sources, progress) {
         Err(e) => tracing::error!(error = %e, "a lease that cannot be understood was not begun"),
         Ok(context) => {
-            let around = (context.clone(), message.clone());
-            tokio::select! {
-                lost = lease.lost() => {
-                    agent.metrics.leases_lost.inc();
-                    tracing::warn!(reason = %lost, "the job stops here");
-                    sources.close().await;
-                    if *cancelled.borrow() {
-                        job::after_cancelling(&around.0, &around.1).await;
-                    }
-                }
-                good = job::run(context, message) => {
-                    // The job itself may be the first to notice, at its next step.
-                    let lost = !good && lease.check().is_err();
-                    match (good, lost) {
-                        (true, _) => agent.metrics.jobs_good.inc(),
-                        (false, true) => agent.metrics.leases_lost.inc(),
-                        (false, false) => agent.metrics.jobs_bad.inc(),
-                    };
-                }
+            let attempt = attempt(&agent, context, message, &lease, &sources, cancelled);
+            if !survived(&lease, attempt).await {
+                agent.metrics.jobs_bad.inc();
             }
         }
     }
     sources.close().await;
+}
+
+/// Runs an attempt; gives whether it came to an end by itself. One that panics gives its lease up: the leader would renew it for
+/// ever, and nobody would ever work on the VM again.
+async fn survived(lease: &Lease, attempt: impl Future<Output = ()>) -> bool {
+    match AssertUnwindSafe(attempt).catch_unwind().await {
+        Ok(()) => true,
+        Err(panic) => {
+            let panic = panic_text(&*panic);
+            tracing::error!(
+                panic,
+                "the job panicked: this is a defect of Outrider, please report it with this log"
+            );
+            lease.end("the job panicked");
+            false
+        }
+    }
+}
+
+async fn attempt(
+    agent: &Agent,
+    context: JobContext,
+    message: rpc::JobLease,
+    lease: &Lease,
+    sources: &Sources,
+    cancelled: watch::Receiver<bool>,
+) {
+    let around = (context.clone(), message.clone());
+    tokio::select! {
+        lost = lease.lost() => {
+            agent.metrics.leases_lost.inc();
+            tracing::warn!(reason = %lost, "the job stops here");
+            sources.close().await;
+            if *cancelled.borrow() {
+                job::after_cancelling(&around.0, &around.1).await;
+            }
+        }
+        good = job::run(context, message) => {
+            // The job itself may be the first to notice, at its next step.
+            let lost = !good && lease.check().is_err();
+            match (good, lost) {
+                (true, _) => agent.metrics.jobs_good.inc(),
+                (false, true) => agent.metrics.leases_lost.inc(),
+                (false, false) => agent.metrics.jobs_bad.inc(),
+            };
+        }
+    }
 }
 
 fn context(
@@ -263,4 +296,24 @@ fn context(
         commands: agent.commands.clone(),
         told: job::Told::default(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use outrider_process::clock::SystemClock;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_job_that_panics_gives_its_lease_up() {
+        let clock = Arc::new(SystemClock::new());
+        let hour = Duration::from_secs(3600);
+        let granted = || Lease::granted(JobId::random(), LeaseEpoch(1), hour, false, clock.clone());
+        let lease = granted();
+        assert!(!survived(&lease, async { panic!("as a defect would") }).await);
+        assert!(lease.check().expect_err("it is over").to_string().contains("panicked"));
+        let lease = granted();
+        assert!(survived(&lease, async {}).await);
+        lease.check().expect("still held");
+    }
 }

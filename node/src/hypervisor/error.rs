@@ -74,6 +74,14 @@ pub enum HypervisorError {
         /// Name of the other one.
         name: String,
     },
+    /// The checkpoint was made, and got no name.
+    #[error("checkpoint {checkpoint} was made and could not be named: {source}")]
+    Nameless {
+        /// Its handle.
+        checkpoint: String,
+        /// Why.
+        source: Box<HypervisorError>,
+    },
     /// The checkpoint is not there.
     #[error("the checkpoint {checkpoint} is gone")]
     CheckpointGone {
@@ -117,10 +125,22 @@ impl HypervisorError {
             #[cfg(unix)]
             Self::Qemu(e) if e.is_unknown() => Retry::Inspect,
             Self::Occupied { .. } => Retry::Later,
+            Self::Nameless { source, .. } => source.retry(),
             Self::Refused { code, reason, .. } => {
                 codes::of(*code, reason).map_or(Retry::No, |known| known.next.retry())
             }
             _ => Retry::No,
+        }
+    }
+
+    /// Whether a checkpoint that was asked for was certainly not made: it was refused, or another one was first. A call whose
+    /// outcome is not known, and one that failed after the checkpoint was there, say nothing of the kind.
+    #[must_use]
+    pub fn has_made_nothing(&self) -> bool {
+        match self {
+            Self::Occupied { .. } => true,
+            Self::Refused { .. } => self.retry() != Retry::Inspect,
+            _ => false,
         }
     }
 

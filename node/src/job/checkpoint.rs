@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::{JobContext, JobError};
 use crate::consistency::{self, Method, Plan, Wanted, Way};
 use crate::hypervisor::{
-    Checkpoint, CheckpointRequest, HypervisorError, ReferencePoint, Retry, VmState,
+    Checkpoint, CheckpointRequest, HypervisorError, Power, ReferencePoint, Retry, VmState,
 };
 use crate::precheck::{self, Situation};
 
@@ -80,61 +80,50 @@ pub(super) async fn make(
 ) -> Result<Made, JobError> {
     context.phase("preparing");
     context.lease.wait_to_mutate().await?;
-    let (state, mut warnings) = until_possible(context, vm, work.require_all_disks, late).await?;
     let wanted = Wanted {
         wanted: work.wanted(),
         minimum: work.minimum(),
         quiesce: !work.no_quiesce,
         offline: work.allow_offline,
     };
-    let plan = consistency::plan(&state, wanted)?;
-    let checkpoint_name = name(context, message.attempt, &plan);
-    let duty = context
-        .coordinator
-        .record_duty(rpc::RecordDutyRequest {
-            job_id: context.lease.job().to_string(),
-            lease_epoch: context.lease.epoch().0,
-            attempt: message.attempt,
-            checkpoint_name: checkpoint_name.clone(),
-        })
-        .await?;
-    context.phase("creating the checkpoint");
-    let attempt = Attempt { context, vm: vm.guid, name: &checkpoint_name, work };
-    let mut made = attempt.try_ways(&plan.ways).await;
     let mut rounds = 0;
     let started = Instant::now();
     let mut backoff =
         Backoff::new(context.times.busy_first, context.times.busy_ceiling, Backoff::any_seed());
-    while let Err(JobError::Hypervisor(e)) = &made {
+    let (state, mut warnings, plan, duty, (checkpoint, way)) = loop {
+        // Each time anew: while it waited, the VM may have been started, stopped or changed.
+        let (state, warnings) = until_possible(context, vm, work.require_all_disks, late).await?;
+        let plan = consistency::plan(&state, wanted)?;
+        let checkpoint_name = name(context, message.attempt, &plan);
+        let duty = context
+            .coordinator
+            .record_duty(rpc::RecordDutyRequest {
+                job_id: context.lease.job().to_string(),
+                lease_epoch: context.lease.epoch().0,
+                attempt: message.attempt,
+                checkpoint_name: checkpoint_name.clone(),
+            })
+            .await?;
+        context.phase("creating the checkpoint");
+        let attempt = Attempt { context, vm: vm.guid, name: &checkpoint_name, work };
+        let error = match attempt.try_ways(&plan.ways).await {
+            Ok(made) => break (state, warnings, plan, duty, made),
+            Err(error) => error,
+        };
+        settle(context, vm.guid, &duty, &error).await?;
+        let JobError::Hypervisor(e) = &error else { return Err(error) };
         if matches!(e, HypervisorError::Occupied { .. }) && rounds < ROUNDS {
             tracing::info!(reason = %e, "the checkpoint has to wait");
             rounds += 1;
         } else if let Some(collision) = collision(&state, e) {
             let pause = backoff.next_wait();
             if started.elapsed() + pause >= context.times.busy_patience {
-                made = Err(JobError::Precheck(collision));
-                break;
+                return Err(JobError::Precheck(collision));
             }
             tracing::info!(reason = collision.sentence, ?pause, "the checkpoint has to wait");
             tokio::time::sleep(pause).await;
         } else {
-            break;
-        }
-        until_possible(context, vm, work.require_all_disks, late).await?;
-        made = attempt.try_ways(&plan.ways).await;
-    }
-    let (checkpoint, way) = match made {
-        Ok(made) => made,
-        Err(e) => {
-            // Superseded: the duty is the next holder's. Else nothing is there, or the duty stays open and is cleaned up; so
-            // it is when the VM may not run yet.
-            if !e.is_superseded()
-                && !may_have_saved(&duty)
-                && context.hypervisor.checkpoints(vm.guid).await.is_ok_and(|c| c.is_empty())
-            {
-                update_duty(context, &duty, rpc::DutyState::Done, None, None).await?;
-            }
-            return Err(e);
+            return Err(error);
         }
     };
     if way.method != plan.ways.first().map_or(way.method, |w| w.method) {
@@ -149,6 +138,31 @@ pub(super) async fn make(
     let duty =
         update_duty(context, &duty, rpc::DutyState::Created, Some(&checkpoint), None).await?;
     Ok(Made { checkpoint, duty, how: How { way, taken_unix_ms, untracked }, warnings })
+}
+
+/// After a checkpoint that could not be made: ends its duty when nothing of it can be there. While the duty says *recorded*, a
+/// nameless recovery checkpoint is taken for ours and removed, so it must not be open while another product has its turn.
+///
+/// Superseded, the duty is the next holder's; when the outcome is not known, or the VM may not run again yet, it stays open and
+/// is cleaned up.
+async fn settle(
+    context: &JobContext,
+    vm: VmGuid,
+    duty: &rpc::Duty,
+    error: &JobError,
+) -> Result<(), JobError> {
+    if error.is_superseded() {
+        return Ok(());
+    }
+    let refused = matches!(error, JobError::Hypervisor(e) if e.has_made_nothing());
+    let hypervisor = &context.hypervisor;
+    let nothing = refused || hypervisor.checkpoints(vm).await.is_ok_and(|all| all.is_empty());
+    let runs = !may_have_saved(duty)
+        || hypervisor.vm(vm).await.is_ok_and(|state| state.vm.power == Power::Running);
+    if nothing && runs {
+        update_duty(context, duty, rpc::DutyState::Done, None, None).await?;
+    }
+    Ok(())
 }
 
 /// Waits until a VM is on this host (again).
@@ -296,8 +310,13 @@ impl Attempt<'_> {
             Ok(()) => hypervisor.create_checkpoint(lease, self.vm, self.name, request).await,
             Err(e) => Err(e),
         };
-        // Whatever happened, it is to run on; when this fails the duty says so to whoever comes next.
-        let resumed = hypervisor.resume_vm(lease, self.vm).await;
+        // Whatever happened, it is to run on; when this fails the duty says so to whoever comes next. A VM that somebody shut
+        // down meanwhile is not saved, and stays off.
+        let off = hypervisor.vm(self.vm).await.is_ok_and(|state| state.vm.power == Power::Off);
+        let resumed = match off {
+            true => Ok(()),
+            false => hypervisor.resume_vm(lease, self.vm).await,
+        };
         self.context.phase("creating the checkpoint");
         let made = made?;
         resumed.map(|()| made)

@@ -3,7 +3,8 @@
 //! Ours is: a checkpoint that carries a name of ours, or that an open duty names by GUID; a reference point that an open
 //! duty names and that is not bound. One case is told by circumstance: the duty was recorded, the checkpoint was made, and
 //! we died before it was named. A duty is recorded only while the VM has no recovery checkpoint that is not ours (the
-//! precheck refuses others'), and another product's checkpoint cannot be made beside ours. So if a duty is still
+//! precheck refuses others'), it ends as soon as our call is known to have made nothing (`checkpoint::settle`), and another
+//! product's checkpoint cannot be made beside ours. So if a duty is still
 //! *recorded* and exactly one nameless recovery checkpoint exists, it is taken for ours and removed (nothing was read from
 //! it). If there are several, none is touched, and the duty stays open for an operator to see.
 //!

@@ -27,16 +27,17 @@ pub(super) fn flat(
     manifest: &Manifest,
     extension: impl Fn(&DiskManifest) -> &'static str,
 ) -> Vec<DiskFile> {
-    let disks = manifest.disks.iter().enumerate();
-    disks
-        .map(|(index, disk)| DiskFile {
-            name: named(disk, index, extension(disk)),
+    let mut files: Vec<DiskFile> = Vec::with_capacity(manifest.disks.len());
+    for (index, disk) in manifest.disks.iter().enumerate() {
+        files.push(DiskFile {
+            name: free(&files, named(disk, index, extension(disk))),
             slot: disk.slot.clone(),
             disk: only(disk, disk.layers.last().copied()),
             over: None,
             checkpoint: None,
-        })
-        .collect()
+        });
+    }
+    files
 }
 
 /// The files of the disks with all checkpoints, parents before children.
@@ -50,10 +51,13 @@ pub(super) fn with_checkpoints(
     let mut files: Vec<DiskFile> = Vec::new();
     for (index, (disk, layers, is_now)) in now.chain(former).enumerate() {
         let of_disk = files.len();
-        let name = |files: &[DiskFile], over: Option<usize>, id: String| match over {
-            None if files.len() == of_disk => named(disk, index, extension(disk)),
-            None => format!("{}_{id}.{}", stem(disk, index), extension(disk)),
-            Some(_) => format!("{}_{id}.{}", stem(disk, index), child_extension(disk)),
+        let name = |files: &[DiskFile], over: Option<usize>, id: String| {
+            let wanted = match over {
+                None if files.len() == of_disk => named(disk, index, extension(disk)),
+                None => format!("{}_{id}.{}", stem(disk, index), extension(disk)),
+                Some(_) => format!("{}_{id}.{}", stem(disk, index), child_extension(disk)),
+            };
+            free(files, wanted)
         };
         // Layers stand in the order of the checkpoints: parents first, so a layer's file is at its position.
         for (at, layer) in layers.iter().enumerate() {
@@ -88,7 +92,25 @@ fn only(disk: &DiskManifest, layer: Option<Layer>) -> DiskManifest {
     DiskManifest { layers: layer.into_iter().collect(), ..disk.clone() }
 }
 
-/// A file name for a disk, unique within the VM.
+/// The name, numbered if a file before it has it: disks of a VM may come from several folders, and Windows takes names that
+/// differ in case for one.
+fn free(before: &[DiskFile], name: String) -> String {
+    let taken: Vec<&str> = before.iter().map(|f| f.name.as_str()).collect();
+    unlike(&taken, name)
+}
+
+/// As [`free`], beside plain names.
+pub(super) fn unlike(taken: &[&str], name: String) -> String {
+    let is_free = |name: &str| taken.iter().all(|t| t.to_lowercase() != name.to_lowercase());
+    if is_free(&name) {
+        return name;
+    }
+    let (stem, extension) = name.rsplit_once('.').unwrap_or((&name, ""));
+    let numbered = (2_u32..).map(|n| format!("{stem} ({n}).{extension}"));
+    numbered.into_iter().find(|name| is_free(name)).unwrap_or_default()
+}
+
+/// A file name for a disk.
 fn named(disk: &DiskManifest, index: usize, extension: &str) -> String {
     format!("{}.{extension}", stem(disk, index))
 }
@@ -118,7 +140,7 @@ pub(super) fn paths(files: &[DiskFile], folder: &Path) -> Vec<PathBuf> {
 #[cfg(test)]
 pub(super) mod tests {
     use outrider_proto::ids::{ChunkId, DiskId};
-    use outrider_proto::manifest::{CheckpointFacts, FormerDisk, SavedCheckpoint};
+    use outrider_proto::manifest::{CheckpointFacts, FormerDisk, SavedCheckpoint, Tree};
 
     use super::*;
 
@@ -193,6 +215,23 @@ pub(super) mod tests {
         names.sort();
         names.dedup();
         assert_eq!(names.len(), files.len(), "no two files of one name");
+    }
+
+    #[test]
+    fn no_two_disks_become_one_file_whatever_they_were_called() {
+        let mut manifest = manifest();
+        manifest.disks = vec![disk("data-1", &[1]), disk("data", &[2]), disk("DATA-1", &[3])];
+        manifest.disks[2].file_name = "Data.VHDX".into();
+        manifest.tree = Tree::default();
+        manifest.tree.layers = vec![vec![]; 3];
+        let names: Vec<_> = flat(&manifest, |_| "vhdx").into_iter().map(|file| file.name).collect();
+        assert_eq!(names, ["data-1.vhdx", "data-1 (2).vhdx", "Data-2.vhdx"]);
+        manifest.disks[1].file_name = "DATA.vhdx".into();
+        let files = with_checkpoints(&manifest, |_| "vhdx");
+        let mut names: Vec<_> = files.iter().map(|file| file.name.to_lowercase()).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), 3, "{files:?}");
     }
 
     #[test]

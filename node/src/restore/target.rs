@@ -12,8 +12,10 @@ use super::trail::Trail;
 use crate::hypervisor::{Inventory, ReplicaRole, VmSeen};
 use crate::job::JobError;
 
-/// Numbered folders that are searched for what an earlier attempt left.
-const LOOKED_AT: usize = 32;
+/// Numbered folders that are searched for what an earlier attempt left, and the last one that is taken.
+const LOOKED_AT: usize = 1000;
+/// Missing ones among them after which the search ends.
+const FEW: usize = 32;
 
 /// A place for a VM.
 #[derive(Debug, PartialEq, Eq)]
@@ -45,7 +47,7 @@ pub(super) fn choose(
     };
     let original = inventory.vms.iter().find(|vm| vm.guid == manifest.vm.guid);
     let candidates: Vec<PathBuf> = match work.target_folder.as_str() {
-        "" => roots.iter().flat_map(|(root, _)| folders(root, &name).take(LOOKED_AT)).collect(),
+        "" => roots.iter().flat_map(|(root, _)| begun_in(root, &name)).collect(),
         named => vec![named.into()],
     };
     let mut begun = None;
@@ -109,6 +111,15 @@ fn in_the_way(
             other.name, other.guid, manifest.vm.guid
         )));
     }
+    let alike = inventory.vms.iter().filter(|vm| vm.name == name);
+    let alike: Vec<String> = alike.map(|vm| vm.guid.to_string()).collect();
+    if itself.is_none() && work.overwrite && alike.len() > 1 {
+        return Err(JobError::TargetTaken(format!(
+            "several VMs on this host are called {name:?} ({}): rename all but the one that is to be replaced, or restore in the \
+             place of the original with --keep-guid",
+            alike.join(", ")
+        )));
+    }
     match itself.or(namesake) {
         Some(existing) if !work.overwrite => Err(JobError::TargetTaken(format!(
             "VM {:?} ({}) exists on this host; restore under another name and a new GUID, or with --overwrite",
@@ -141,7 +152,7 @@ fn root_for(original: Option<&VmSeen>, roots: &[(PathBuf, u64)]) -> Result<PathB
 /// A folder of the VM's name that does not exist yet. A volume that does not answer is no sign of that: the folder of the
 /// original may lie there.
 fn free_folder(root: &Path, name: &str) -> Result<PathBuf, JobError> {
-    for folder in folders(root, name) {
+    for folder in folders(root, name).take(LOOKED_AT) {
         match folder.symlink_metadata() {
             Ok(_) => {}
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(folder),
@@ -149,6 +160,17 @@ fn free_folder(root: &Path, name: &str) -> Result<PathBuf, JobError> {
         }
     }
     Err(JobError::TargetTaken(format!("no folder is free below {}", root.display())))
+}
+
+/// The folders of the VM's name up to the first one that is not there: an earlier attempt took that one or one before it,
+/// unless somebody removed folders since, which is what the rest of the first few is for.
+fn begun_in(root: &Path, name: &str) -> Vec<PathBuf> {
+    let mut missing = 0;
+    let near = |folder: &PathBuf| {
+        missing += usize::from(matches!(folder.try_exists(), Ok(false)));
+        missing <= FEW
+    };
+    folders(root, name).take(LOOKED_AT).take_while(near).collect()
 }
 
 /// Folders of the VM's name: as it is, then numbered.
@@ -290,6 +312,8 @@ pub(super) mod tests {
         let by_name = RestoreWork { keep_guid: false, ..work.clone() };
         let place = choose(&manifest, &by_name, &alone, &roots, JobId::random());
         assert_eq!(place.expect("asked for by name").replaces, Some(namesake.guid));
+        let refused = choose(&manifest, &by_name, &both, &roots, JobId::random());
+        assert!(refused.expect_err("which one?").to_string().contains("several VMs"));
         // Another attempt of the same job goes on where the first one stood.
         let job = JobId::random();
         let begun = choose(&manifest, &work, &inventory, &roots, job).expect("a place");

@@ -70,6 +70,12 @@ impl JobStore for Patient {
             .again(|| async {
                 match self.inner.barrier().await {
                     Ok(()) => Ok(Vec::new()),
+                    // Never taken for a good one, whatever it means to say.
+                    Err(BarrierError::Lost { ids }) if ids.is_empty() => {
+                        Err(StoreError::Unavailable {
+                            reason: "a barrier was not confirmed".to_owned(),
+                        })
+                    }
                     Err(BarrierError::Lost { ids }) => Ok(ids),
                     Err(BarrierError::Store(e)) => Err(e),
                 }

@@ -109,6 +109,12 @@ pub enum StoreError {
         /// What the last node that failed said.
         last: Option<TransportError>,
     },
+    /// What was sent is there, and the nodes that keep it do not confirm that it is durable. May succeed later.
+    #[error("storage nodes do not confirm that what was sent is durable: {reason}")]
+    Unconfirmed {
+        /// What the last one said.
+        reason: String,
+    },
     /// A newer lease wrote: stop.
     #[error("storage node {node} refused a write of this job, since {message}")]
     Fenced {
@@ -146,7 +152,13 @@ impl StoreError {
     /// Whether the same request may succeed later, when nodes have come back.
     #[must_use]
     pub fn may_succeed_later(&self) -> bool {
-        matches!(self, Self::NoLayout | Self::NoReplica { .. } | Self::TooFewNodes { .. })
+        matches!(
+            self,
+            Self::NoLayout
+                | Self::NoReplica { .. }
+                | Self::TooFewNodes { .. }
+                | Self::Unconfirmed { .. }
+        )
     }
 
     /// What the last node asked refused with, if it refused.
@@ -157,7 +169,7 @@ impl StoreError {
             Self::NoReplica { last, .. }
             | Self::TooFewNodes { last, .. }
             | Self::Missing { last, .. } => last.as_ref().and_then(TransportError::refusal),
-            Self::NoLayout | Self::Fenced { .. } | Self::Closed => None,
+            Self::NoLayout | Self::Unconfirmed { .. } | Self::Fenced { .. } | Self::Closed => None,
         }
     }
 

@@ -86,6 +86,9 @@ impl Attempt {
     }
 }
 
+/// Bytes that a job has in hand at most. When it is killed these may have been put and not be durable yet: they are sent again.
+pub(crate) const IN_HAND: u64 = 8 << 20;
+
 impl World {
     pub(crate) async fn new(switch: CheckpointOnMigration, disks: Vec<DiskSource>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");

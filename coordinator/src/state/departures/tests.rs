@@ -138,7 +138,8 @@ fn a_host_that_died_is_forgotten_by_force_and_what_it_left_stays_with_its_vms() 
     let vm = based(&mut w, 1);
     let (job, _) = w.leased(&vm, "hv1");
     assert_eq!(forget(&mut w, "hv1", true), Outcome::Done);
-    assert!(w.state.bases.contains_key(&vm), "its reference point may be shown by another host");
+    let base = w.state.bases.get(&vm).expect("its reference point may be shown by another host");
+    assert!(base.binding.tracking_unproven, "whether the host crashed nobody can tell any more");
     assert!(w.state.jobs.get(job).expect("there").lease().is_none());
     assert!(matches!(forget(&mut w, "hv1", true), Outcome::Refused(Refusal::UnknownHost(_))));
     assert!(matches!(retire(&mut w, "nobody"), Outcome::Refused(Refusal::UnknownHost(_))));

@@ -97,9 +97,13 @@ impl HyperV {
             doing: doing.clone(),
             detail: "it reports success, but there is no new recovery checkpoint".into(),
         })?;
+        let checkpoint = made.id.to_string();
         match self.name_checkpoint(lease, made, name).await {
-            Err(e) => Err(self.unless_gone(vm, e).await),
-            named => named,
+            Ok(named) => Ok(named),
+            Err(e) => Err(match self.unless_gone(vm, e).await {
+                e @ (HypervisorError::Lease(_) | HypervisorError::NoSuchVm { .. }) => e,
+                e => HypervisorError::Nameless { checkpoint, source: Box::new(e) },
+            }),
         }
     }
 

@@ -20,7 +20,7 @@ impl JobStore {
     ///
     /// # Errors
     /// [`BarrierError::Lost`]: these ids, and only these, have to be put again; the others of the failed windows were
-    /// asked for and are counted in a fresh window. [`BarrierError::Store`]: nobody could be asked; call again.
+    /// asked for and are counted in a fresh window. [`BarrierError::Store`]: nobody could be asked, or confirms; call again.
     pub async fn barrier(&self) -> Result<(), BarrierError> {
         // One barrier at a time: two would share windows, and each would see half of the receipts.
         let _turn = self.inner.barrier.acquire().await.map_err(|_| StoreError::Closed)?;
@@ -46,13 +46,17 @@ impl JobStore {
                 .filter(|(_, answer)| *answer != Presence::Yes)
                 .map(|(id, _)| id)
                 .collect();
-            if !ids.is_empty() || attempt + 1 >= limits.barrier_attempts {
+            let why = || {
+                let said = reason.as_ref().map(ToString::to_string);
+                said.unwrap_or_else(|| "a replica did not confirm them".to_owned())
+            };
+            if !ids.is_empty() {
                 self.inner.lock().stats.lost += ids.len() as u64;
-                let reason = reason.as_ref().map_or_else(
-                    || "a replica did not confirm them".to_owned(),
-                    ToString::to_string,
-                );
-                return Err(BarrierError::Lost { ids, reason });
+                return Err(BarrierError::Lost { ids, reason: why() });
+            }
+            if attempt + 1 >= limits.barrier_attempts {
+                // All are there, says somebody, and nobody signs for it: they stand in an open window, and are no claim.
+                return Err(StoreError::Unconfirmed { reason: why() }.into());
             }
         }
         Ok(())
