@@ -86,7 +86,7 @@ impl Attempt {
     }
 }
 
-/// Bytes that a job has in hand at most. When it is killed these may have been put and not be durable yet: they are sent again.
+/// Bytes that a job has in hand at most: as much as its pool takes. When it is killed these may have been put and not be durable yet: they are sent again.
 pub(crate) const IN_HAND: u64 = 8 << 20;
 
 impl World {
