@@ -98,7 +98,7 @@ pub fn plan_base(known: Known<'_>, disks: &[DiskFacts]) -> BasePlan {
     }
     let (binding, point, parent) = match base_of(known) {
         Ok(base) => base,
-        Err(reason) => return everything(BackupKind::Full, &reason),
+        Err(why) => return everything(BackupKind::Full, &why.to_string()),
     };
     let decisions: Vec<BaseDecision> =
         disks.iter().map(|disk| decide(disk, disks, binding, point, parent)).collect();
@@ -117,32 +117,55 @@ pub fn plan_base(known: Known<'_>, disks: &[DiskFacts]) -> BasePlan {
     BasePlan { kind, disks: decisions, reasons }
 }
 
+/// Why nothing may be started from. Shown with the point.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum NoBase {
+    /// The first backup, or one after a hand-over that did not happen.
+    #[error("no reference point is bound to a committed recovery point")]
+    Unbound,
+    /// The coordinator knows why there is none.
+    #[error("there is no base to start from: {0}")]
+    GivenUp(String),
+    /// Removed by somebody, or lost.
+    #[error("the bound reference point does not exist on this host (any more)")]
+    NoReferencePoint,
+    /// Storage does not give it, or it does not open.
+    #[error("the manifest of the bound recovery point cannot be read")]
+    NoManifest,
+    /// Not the one that was bound.
+    #[error("the manifest of the bound recovery point is another point's")]
+    ForeignManifest,
+    /// Written behind change tracking.
+    #[error("the VM's disks were restored, reverted or replaced since the bound recovery point")]
+    OtherIncarnation,
+    /// Nothing of the old tree can be shared.
+    #[error("the chunk size of the dedup domain changed")]
+    ChunkSize,
+}
+
 /// The one base that may be used, or why there is none.
 fn base_of<'a>(
     known: Known<'a>,
-) -> Result<(&'a Binding, &'a ReferencePoint, &'a Manifest), String> {
+) -> Result<(&'a Binding, &'a ReferencePoint, &'a Manifest), NoBase> {
     let unbound = || match known.no_base {
-        "" => "no reference point is bound to a committed recovery point".to_owned(),
-        why => format!("there is no base to start from: {why}"),
+        "" => NoBase::Unbound,
+        why => NoBase::GivenUp(why.to_owned()),
     };
     let binding = known.binding.ok_or_else(unbound)?;
     let point = known
         .reference_points
         .iter()
         .find(|p| p.id.eq_ignore_ascii_case(&binding.reference_point))
-        .ok_or("the bound reference point does not exist on this host (any more)")?;
-    let parent = known.parent.ok_or("the manifest of the bound recovery point cannot be read")?;
+        .ok_or(NoBase::NoReferencePoint)?;
+    let parent = known.parent.ok_or(NoBase::NoManifest)?;
     if parent.point != binding.point {
-        return Err("the manifest of the bound recovery point is another point's".into());
+        return Err(NoBase::ForeignManifest);
     }
     if parent.incarnation != known.incarnation {
-        return Err(
-            "the VM's disks were restored, reverted or replaced since the bound recovery point"
-                .into(),
-        );
+        return Err(NoBase::OtherIncarnation);
     }
     if parent.chunk_size != known.chunk_size {
-        return Err("the chunk size of the dedup domain changed".into());
+        return Err(NoBase::ChunkSize);
     }
     Ok((binding, point, parent))
 }

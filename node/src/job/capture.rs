@@ -1,45 +1,33 @@
 //! What the pipeline is fed with: configuration, disks, and what has to be read of each. Computed once per checkpoint
 //! and journalled, so that whoever continues reads by the same list.
 
+mod beginning;
+mod disks;
+mod machine;
+
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use futures::FutureExt;
-use outrider_disk::{ByteRange, DiskFormat, DiskKind, RangeSet, ReadDisk};
-use outrider_proto::ids::{ChunkId, DiskId, PointId, VmIncarnation, VmKey};
-use outrider_proto::journal::{JournalDisk, JournalEntry, JournalStart};
-use outrider_proto::manifest::{ConfigFile, ImageFormat, Machine, Manifest};
+use outrider_disk::{ByteRange, RangeSet};
+use outrider_proto::ids::{ChunkId, PointId, VmKey};
+use outrider_proto::journal::{JournalEntry, JournalStart};
+use outrider_proto::manifest::{ConfigFile, Machine, Manifest};
 use outrider_proto::model::{Binding, parse};
 use outrider_proto::record::Record;
-use outrider_proto::rpc::{self, BackupKind};
+use outrider_proto::rpc;
 
 use super::backup::{Open, Origin};
-use super::base::{BaseDecision, DiskFacts, Known, plan_base};
 use super::config::ConfigSets;
-use super::exclude::{self, Exclusion};
 use super::layers::{self, Layers};
-use super::{JobContext, JobError, carry};
-use crate::consistency;
-use crate::hypervisor::{FrozenDisk, HypervisorError};
+use super::{JobContext, JobError, exclude};
+use crate::hypervisor::HypervisorError;
 use crate::journal::{Journal, JournalWriter};
-use crate::pipeline::{
-    DiskJob, DiskPlan, ParentTree, Pipeline, SharedJournal, Stats, plan, sample,
-};
-use crate::source::SourceDisk;
-
-/// An open disk with its facts.
-pub(super) struct SourceFacts {
-    pub(super) facts: DiskFacts,
-    pub(super) file_name: String,
-    pub(super) logical_sector: u32,
-    pub(super) physical_sector: u32,
-    pub(super) block_size: u32,
-    pub(super) fixed: bool,
-    pub(super) format: ImageFormat,
-    pub(super) path: std::path::PathBuf,
-    pub(super) disk: Arc<SourceDisk>,
-}
+use crate::pipeline::{DiskJob, DiskPlan, Pipeline, SharedJournal, Stats};
+use beginning::{begin, carry_over, parent_root};
+use disks::same_disks;
+pub(super) use disks::{SourceFacts, open_disks};
+use machine::machine;
 
 /// Everything read and sent, ready for a manifest.
 pub(super) struct Captured {
@@ -221,299 +209,6 @@ async fn tree(
     })
 }
 
-/// What of a lost checkpoint goes over to this one; `None`: nothing, for a reason that is logged.
-#[allow(clippy::too_many_arguments)]
-async fn carry_over(
-    context: &JobContext,
-    message: &rpc::JobLease,
-    work: &rpc::BackupWork,
-    open: &Open,
-    binding: Option<&Binding>,
-    how: &super::checkpoint::How,
-    carry: &carry::Carry,
-    disks: &[SourceFacts],
-) -> Result<Option<carry::Carried>, JobError> {
-    let excluded = exclusion(context, work, open, how, disks).await?;
-    let onto = carry::Onto {
-        excluded: &excluded,
-        checkpoint: open.checkpoint.id,
-        taken_unix_ms: how.taken_unix_ms,
-        consistency: consistency::text(how.way.gives).to_owned(),
-        way: how.way.reason.clone(),
-        chunk_size: message.chunk_size,
-        binding,
-        disks: disks.iter().map(|d| (&d.facts, d.path.as_path())).collect(),
-    };
-    match carry::onto(context, carry, &onto).await? {
-        Ok(carried) => {
-            tracing::info!(
-                pages = carried.leaves.len(),
-                "going on from a checkpoint that was lost in a move"
-            );
-            Ok(Some(carried))
-        }
-        Err(reason) => {
-            tracing::warn!(reason, "nothing can be carried over from the lost checkpoint");
-            Ok(None)
-        }
-    }
-}
-
-pub(super) async fn open_disks(
-    context: &JobContext,
-    frozen: Vec<FrozenDisk>,
-) -> Result<Vec<SourceFacts>, JobError> {
-    let mut disks = Vec::with_capacity(frozen.len());
-    for disk in frozen {
-        let (sources, path) = (context.sources.clone(), disk.path.clone());
-        let source = context.pool.read(0, move || sources.open(&path)).await?.0?;
-        let info = source.info().clone();
-        // The base names the disk; a frozen leaf may be a user checkpoint's file.
-        let base = source.files().last().cloned().unwrap_or_else(|| disk.path.clone());
-        disks.push(SourceFacts {
-            facts: DiskFacts { disk: DiskId(info.disk_id), size: info.size, slot: disk.slot },
-            file_name: file_name(&base),
-            logical_sector: info.logical_sector,
-            physical_sector: info.physical_sector,
-            block_size: info.block_size,
-            fixed: info.kind == DiskKind::Fixed,
-            format: match info.format {
-                DiskFormat::Vhdx => ImageFormat::Vhdx,
-                DiskFormat::Vhd => ImageFormat::Vhd,
-                DiskFormat::Raw => ImageFormat::Raw,
-            },
-            path: disk.path,
-            disk: Arc::new(source),
-        });
-    }
-    Ok(disks)
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-fn same_disks(start: &JournalStart, disks: &[SourceFacts]) -> bool {
-    start.disks.len() == disks.len()
-        && start
-            .disks
-            .iter()
-            .zip(disks)
-            .all(|(j, d)| j.disk_id == d.facts.disk && j.size == d.facts.size)
-}
-
-/// Decides what is read of each disk.
-#[allow(clippy::too_many_arguments)]
-async fn begin(
-    context: &JobContext,
-    message: &rpc::JobLease,
-    vm: &VmKey,
-    work: &rpc::BackupWork,
-    open: &Open,
-    binding: Option<&Binding>,
-    how: &super::checkpoint::How,
-    disks: &[SourceFacts],
-    stats: &Arc<Stats>,
-    warnings: &mut Vec<String>,
-) -> Result<JournalStart, JobError> {
-    let points = context.hypervisor.reference_points(vm.guid).await?;
-    let parent = match binding {
-        Some(binding) => match fetch_manifest(context, binding.manifest).await {
-            Ok(manifest) => Some(manifest),
-            Err(e) if e.is_superseded() => return Err(e),
-            Err(e) => {
-                tracing::warn!(error = %e, "the bound point's manifest cannot be read: no incremental");
-                None
-            }
-        },
-        None => None,
-    };
-    let facts: Vec<DiskFacts> = disks.iter().map(|d| d.facts.clone()).collect();
-    let known = Known {
-        wanted: work.kind(),
-        why: &work.why,
-        untracked: how.untracked.as_deref(),
-        no_base: &message.no_base,
-        binding,
-        reference_points: &points,
-        parent: parent.as_ref(),
-        incarnation: VmIncarnation(message.incarnation),
-        chunk_size: message.chunk_size,
-    };
-    let plan = plan_base(known, &facts);
-    let mut reasons = vec![how.way.reason.clone()];
-    reasons.extend(plan.reasons.iter().cloned());
-    let exclusion = exclusion(context, work, open, how, disks).await?;
-    reasons.extend(exclusion.reasons.iter().cloned());
-    let mut kind = plan.kind;
-    let mut out = Vec::with_capacity(disks.len());
-    for ((disk, decision), excluded) in disks.iter().zip(&plan.disks).zip(&exclusion.ranges) {
-        let list =
-            list_of(context, message.chunk_size, disk, decision, excluded, &mut reasons).await?;
-        out.push(list);
-    }
-    if let Some(mismatch) = sample_unchanged(
-        context,
-        message.chunk_size,
-        disks,
-        &out,
-        &exclusion,
-        parent.as_ref(),
-        stats,
-    )
-    .await?
-    {
-        warnings.push(mismatch.clone());
-        reasons.push(mismatch);
-        kind = BackupKind::ConsistencyCheck;
-        for ((disk, journal), excluded) in disks.iter().zip(&mut out).zip(&exclusion.ranges) {
-            *journal = everything(context, disk, excluded).await?;
-        }
-    }
-    let any_incremental = out.iter().any(|d| d.incremental);
-    if kind == BackupKind::Incremental && !any_incremental && !out.is_empty() {
-        kind = BackupKind::Full;
-    }
-    Ok(JournalStart {
-        checkpoint: open.checkpoint.id,
-        chunk_size: message.chunk_size,
-        taken_unix_ms: how.taken_unix_ms,
-        consistency: consistency::text(how.way.gives).to_owned(),
-        kind: kind.into(),
-        reasons,
-        parent: binding.filter(|_| any_incremental).map(|b| (b.point, b.manifest)),
-        disks: out,
-        excluded: exclusion.journalled(),
-    })
-}
-
-/// What the policy leaves out of the disks.
-async fn exclusion(
-    context: &JobContext,
-    work: &rpc::BackupWork,
-    open: &Open,
-    how: &super::checkpoint::How,
-    disks: &[SourceFacts],
-) -> Result<Exclusion, JobError> {
-    if !work.skip_page_files {
-        return Ok(Exclusion::nothing(disks.len()));
-    }
-    context.phase("looking for page files");
-    let carries_memory = match context.hypervisor.machine(&open.checkpoint).await {
-        Ok(machine) => machine.saved_state,
-        Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
-        // Said where the machine is asked for again; what cannot be told is taken for the worse.
-        Err(_) => true,
-    };
-    let sources = disks.iter().map(|d| (d.facts.slot.clone(), d.disk.clone() as Arc<dyn ReadDisk>));
-    exclude::find(context, how.way.gives, carries_memory, sources.collect()).await
-}
-
-/// The ranges of one disk that have to be read.
-async fn list_of(
-    context: &JobContext,
-    chunk_size: u32,
-    disk: &SourceFacts,
-    decision: &BaseDecision,
-    excluded: &RangeSet,
-    reasons: &mut Vec<String>,
-) -> Result<JournalDisk, JobError> {
-    let BaseDecision::Changes { tracking_id, parent_excluded, .. } = decision else {
-        return everything(context, disk, excluded).await;
-    };
-    match context.hypervisor.changes(&disk.path, disk.facts.size, tracking_id).await {
-        Ok(changed) => {
-            let before = ranges(parent_excluded);
-            let changed = plan::to_look_at(&changed, &before, excluded)
-                .align_out(chunk_size.into(), disk.facts.size);
-            Ok(JournalDisk {
-                disk_id: disk.facts.disk,
-                size: disk.facts.size,
-                to_read: pairs(&changed),
-                incremental: true,
-            })
-        }
-        Err(HypervisorError::Lease(lost)) => Err(lost.into()),
-        // Any doubt about change tracking: read in full, never guess.
-        Err(e) => {
-            tracing::warn!(slot = disk.facts.slot, error = %e, "the disk is read in full");
-            reasons.push(format!("disk {} is read in full: {e}", disk.facts.slot));
-            everything(context, disk, excluded).await
-        }
-    }
-}
-
-async fn everything(
-    context: &JobContext,
-    disk: &SourceFacts,
-    excluded: &RangeSet,
-) -> Result<JournalDisk, JobError> {
-    let source = exclude::masked(disk.disk.clone(), &pairs(excluded));
-    let allocated = context.pool.read(0, move || source.allocated()).await?.0?;
-    Ok(JournalDisk {
-        disk_id: disk.facts.disk,
-        size: disk.facts.size,
-        to_read: pairs(&allocated),
-        incremental: false,
-    })
-}
-
-pub(super) fn pairs(ranges: &RangeSet) -> Vec<(u64, u64)> {
-    ranges.iter().map(|r| (r.start, r.len)).collect()
-}
-
-pub(super) fn ranges(pairs: &[(u64, u64)]) -> RangeSet {
-    pairs.iter().map(|(start, len)| ByteRange::new(*start, *len)).collect()
-}
-
-/// Compares a sample of what tracking calls unchanged with the parent; gives the sentence of the first mismatch.
-async fn sample_unchanged(
-    context: &JobContext,
-    chunk_size: u32,
-    disks: &[SourceFacts],
-    lists: &[JournalDisk],
-    exclusion: &Exclusion,
-    parent: Option<&Manifest>,
-    stats: &Arc<Stats>,
-) -> Result<Option<String>, JobError> {
-    let Some(parent) = parent else { return Ok(None) };
-    for ((disk, list), excluded) in disks.iter().zip(lists).zip(&exclusion.ranges) {
-        if !list.incremental {
-            continue;
-        }
-        let Some(root) = parent_root(parent, list.disk_id) else { continue };
-        // What the parent left out is as zeros in its tree; where that differs from now, it is read anyway.
-        let source = exclude::masked(disk.disk.clone(), &pairs(excluded));
-        let plan = DiskPlan::incremental(list.size, chunk_size, &ranges(&list.to_read), root);
-        let allocated = {
-            let source = source.clone();
-            context.pool.read(0, move || source.allocated()).await?.0?
-        };
-        let mut tree =
-            ParentTree::new(context.store.clone(), context.sealer.clone(), root, plan.root_level());
-        let found =
-            sample::compare(&source, &plan, &allocated, &mut tree, &context.sealer, &context.pool)
-                .await?;
-        Stats::add(&stats.sampled_chunks, found.chunks);
-        Stats::add(&stats.read_bytes, found.bytes);
-        if let Some(offset) = found.mismatch {
-            let sentence = format!(
-                "change tracking called the chunk at offset {offset} of disk {} unchanged, but it differs from the parent \
-                 point: tracking is not trusted, all that is allocated was read and compared",
-                disk.facts.slot
-            );
-            tracing::error!(sentence, "change tracking missed a change");
-            return Ok(Some(sentence));
-        }
-    }
-    Ok(None)
-}
-
-fn parent_root(parent: &Manifest, disk: DiskId) -> Option<ChunkId> {
-    let tree = parent.disks.iter().find(|d| d.disk_id == disk)?;
-    tree.layers.last().map(|l| l.root)
-}
-
 fn disk_jobs(
     start: &JournalStart,
     disks: &[SourceFacts],
@@ -539,44 +234,12 @@ fn disk_jobs(
     Ok(jobs)
 }
 
-/// What the VM is besides its disks. That it cannot be told spoils no backup: the point then lacks what restores plan
-/// with, and says so.
-async fn machine(
-    context: &JobContext,
-    open: &Open,
-    warnings: &mut Vec<String>,
-) -> Result<Machine, JobError> {
-    match context.hypervisor.machine(&open.checkpoint).await {
-        Ok(mut machine) => {
-            machine.host.clone_from(&context.host);
-            warnings.extend(exportable(&machine));
-            Ok(machine)
-        }
-        Err(HypervisorError::Lease(lost)) => Err(lost.into()),
-        Err(e) => {
-            tracing::warn!(error = %e, "the point holds no facts about adapters, images and security");
-            warnings.push(format!(
-                "what the VM has besides disks could not be told ({e}): a restore cannot check switches, images and \
-                 guardian certificates before it writes"
-            ));
-            Ok(Machine::default())
-        }
-    }
+pub(super) fn pairs(ranges: &RangeSet) -> Vec<(u64, u64)> {
+    ranges.iter().map(|r| (r.start, r.len)).collect()
 }
 
-/// A virtual TPM starts only where a guardian's private keys are; this host can still give them away (P12).
-fn exportable(machine: &Machine) -> Option<String> {
-    let security = machine.security.as_ref().filter(|s| s.tpm)?;
-    let here: Vec<&str> =
-        security.guardians.iter().filter(|g| g.private_keys).map(|g| g.name.as_str()).collect();
-    (!here.is_empty()).then(|| {
-        format!(
-            "the VM has a virtual TPM whose keys are guarded by {} on host {}: without these certificates no other host \
-             can start it. Export them from \"Shielded VM Local Certificates\" with their private keys, and keep them apart",
-            here.join(", "),
-            machine.host
-        )
-    })
+pub(super) fn ranges(pairs: &[(u64, u64)]) -> RangeSet {
+    pairs.iter().map(|(start, len)| ByteRange::new(*start, *len)).collect()
 }
 
 /// Reads a manifest from storage.

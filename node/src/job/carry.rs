@@ -72,43 +72,60 @@ pub(super) async fn find(
     Ok(point.map(|point| Carry { adopted, point }))
 }
 
+/// Why nothing is carried over: the run starts over from its base.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoCarry {
+    /// It has no bitmap.
+    #[error("disk {0} was not tracked")]
+    Untracked(String),
+    /// The changes since the lost checkpoint are not to be had.
+    #[error(transparent)]
+    Changes(HypervisorError),
+    #[error("its disks are others now")]
+    OtherDisks,
+    #[error("the chunk size of the dedup domain changed")]
+    ChunkSize,
+    #[error("its base is not the bound one any more")]
+    OtherBase,
+}
+
 /// Carries over, or says why not.
 pub(super) async fn onto(
     context: &JobContext,
     carry: &Carry,
     onto: &Onto<'_>,
-) -> Result<Result<Carried, String>, JobError> {
+) -> Result<Result<Carried, NoCarry>, JobError> {
     let mut changed = Vec::with_capacity(onto.disks.len());
     for (facts, path) in &onto.disks {
         let Some(tracking) = carry.point.tracking_of(&facts.slot) else {
-            return Ok(Err(format!("disk {} was not tracked", facts.slot)));
+            return Ok(Err(NoCarry::Untracked(facts.slot.clone())));
         };
         match context.hypervisor.changes(path, facts.size, tracking).await {
             Ok(ranges) => changed.push(ranges.align_out(onto.chunk_size.into(), facts.size)),
             Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
-            Err(e) => return Ok(Err(e.to_string())),
+            Err(e) => return Ok(Err(NoCarry::Changes(e))),
         }
     }
     Ok(merge(&carry.adopted, &changed, onto))
 }
 
 /// The decision, and the new beginning. Pure.
-fn merge(old: &Adopted, changed: &[RangeSet], onto: &Onto<'_>) -> Result<Carried, String> {
+fn merge(old: &Adopted, changed: &[RangeSet], onto: &Onto<'_>) -> Result<Carried, NoCarry> {
     let start = &old.start;
     let same_disk = |(was, (now, _)): (&JournalDisk, &(&DiskFacts, _))| {
         was.disk_id == now.disk && was.size == now.size
     };
     if start.disks.len() != onto.disks.len() || !start.disks.iter().zip(&onto.disks).all(same_disk)
     {
-        return Err("its disks are others now".into());
+        return Err(NoCarry::OtherDisks);
     }
     if start.chunk_size != onto.chunk_size {
-        return Err("the chunk size of the dedup domain changed".into());
+        return Err(NoCarry::ChunkSize);
     }
     if let Some((point, manifest)) = &start.parent
         && onto.binding.is_none_or(|b| b.point != *point || b.manifest != *manifest)
     {
-        return Err("its base is not the bound one any more".into());
+        return Err(NoCarry::OtherBase);
     }
     // What was left out of the lost checkpoint and what is left out of this one may differ, and then bytes do, too.
     let changed: Vec<RangeSet> = changed
@@ -266,13 +283,14 @@ mod tests {
         for now in [other, grown] {
             let refused =
                 with(&now, None, |onto| merge(&whole, &nothing, onto)).expect_err("doubt");
-            assert!(refused.contains("others"), "{refused}");
+            assert!(matches!(refused, NoCarry::OtherDisks), "{refused}");
         }
         let based = old(disk.disk, Some((PointId::random(), ChunkId([9; 32]))));
         let refused = with(&disk, None, |onto| merge(&based, &nothing, onto)).expect_err("doubt");
-        assert!(refused.contains("base"), "{refused}");
+        assert!(matches!(refused, NoCarry::OtherBase), "{refused}");
         let mut chunks = old(disk.disk, None);
         chunks.start.chunk_size = 2 * CHUNK;
-        assert!(with(&disk, None, |onto| merge(&chunks, &nothing, onto)).is_err());
+        let refused = with(&disk, None, |onto| merge(&chunks, &nothing, onto)).expect_err("doubt");
+        assert!(matches!(refused, NoCarry::ChunkSize), "{refused}");
     }
 }

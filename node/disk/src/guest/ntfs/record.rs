@@ -17,6 +17,25 @@ pub(super) mod kind {
     pub(in super::super) const END: u32 = 0xffff_ffff;
 }
 
+/// What is wrong with a record, or with another block that is fixed up like one: the end of a sentence that names it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum BadRecord {
+    #[error("begins with {0:02x?}, not with FILE")]
+    Magic([u8; 4]),
+    #[error("has its fixups outside")]
+    FixupsOutside,
+    #[error("has {count} fixups for {sectors} sectors")]
+    FixupCount { count: usize, sectors: usize },
+    #[error("was written in part only (its fixups do not match)")]
+    Torn,
+    #[error("has an attribute of {0} bytes")]
+    AttributeLength(usize),
+    #[error("has an attribute that ends behind the record")]
+    AttributeEnd,
+    #[error("has an attribute whose {0} outside of it")]
+    Outside(&'static str),
+}
+
 /// A record, fixed up.
 #[derive(Debug, Clone)]
 pub(super) struct Record {
@@ -88,11 +107,11 @@ impl Attribute {
 impl Record {
     /// Takes a record apart. `None`: the slot was never used.
     pub(super) fn parse(mut bytes: Vec<u8>, number: u64) -> Result<Self, GuestError> {
-        let bad = |detail: String| {
-            GuestError::damaged("the master file table", format!("record {number} {detail}"))
+        let bad = |why: BadRecord| {
+            GuestError::damaged("the master file table", format!("record {number} {why}"))
         };
         if !bytes.starts_with(b"FILE") {
-            return Err(bad(format!("begins with {:02x?}, not with FILE", array::<4>(&bytes, 0))));
+            return Err(bad(BadRecord::Magic(array::<4>(&bytes, 0))));
         }
         fix_up(&mut bytes).map_err(bad)?;
         let flags = u16_at(&bytes, 22);
@@ -102,10 +121,10 @@ impl Record {
         while at + 4 <= used && u32_at(&bytes, at) != kind::END {
             let len = u32_at(&bytes, at + 4) as usize;
             if len < 24 || !len.is_multiple_of(8) {
-                return Err(bad(format!("has an attribute of {len} bytes")));
+                return Err(bad(BadRecord::AttributeLength(len)));
             }
-            let attribute = slice(&bytes[..used], at, len)
-                .ok_or_else(|| bad("has an attribute that ends behind the record".into()))?;
+            let attribute =
+                slice(&bytes[..used], at, len).ok_or_else(|| bad(BadRecord::AttributeEnd))?;
             attributes.push(parse_attribute(attribute).map_err(bad)?);
             at += len;
         }
@@ -121,37 +140,37 @@ impl Record {
 }
 
 /// Puts back the last two bytes of each sector, which the writer replaced by a number that shows torn writes.
-pub(super) fn fix_up(bytes: &mut [u8]) -> Result<(), String> {
+pub(super) fn fix_up(bytes: &mut [u8]) -> Result<(), BadRecord> {
     const SECTOR: usize = 512;
     let (at, count) = (usize::from(u16_at(bytes, 4)), usize::from(u16_at(bytes, 6)));
-    let sequence = slice(bytes, at, count * 2).ok_or("has its fixups outside")?.to_vec();
+    let sequence = slice(bytes, at, count * 2).ok_or(BadRecord::FixupsOutside)?.to_vec();
     if count != bytes.len() / SECTOR + 1 {
-        return Err(format!("has {count} fixups for {} sectors", bytes.len() / SECTOR));
+        return Err(BadRecord::FixupCount { count, sectors: bytes.len() / SECTOR });
     }
     for (i, sector) in bytes.chunks_exact_mut(SECTOR).enumerate() {
         if sector[SECTOR - 2..] != sequence[..2] {
-            return Err("was written in part only (its fixups do not match)".into());
+            return Err(BadRecord::Torn);
         }
         sector[SECTOR - 2..].copy_from_slice(&sequence[2 * i + 2..2 * i + 4]);
     }
     Ok(())
 }
 
-fn parse_attribute(bytes: &[u8]) -> Result<Attribute, String> {
+fn parse_attribute(bytes: &[u8]) -> Result<Attribute, BadRecord> {
     let name = slice(bytes, u16_at(bytes, 10).into(), usize::from(u8_at(bytes, 9)) * 2)
-        .ok_or("has an attribute whose name is outside of it")?
+        .ok_or(BadRecord::Outside("name is"))?
         .chunks_exact(2)
         .map(|b| u16::from_le_bytes([b[0], b[1]]))
         .collect();
     let body = if u8_at(bytes, 8) == 0 {
         let value = slice(bytes, u16_at(bytes, 20).into(), u32_at(bytes, 16) as usize)
-            .ok_or("has an attribute whose value is outside of it")?;
+            .ok_or(BadRecord::Outside("value is"))?;
         Body::Resident(value.to_vec())
     } else {
         let runs = bytes
             .get(usize::from(u16_at(bytes, 32))..)
             .filter(|_| bytes.len() >= 64)
-            .ok_or("has an attribute whose runs are outside of it")?;
+            .ok_or(BadRecord::Outside("runs are"))?;
         let (lowest, highest) = (u64_at(bytes, 16), u64_at(bytes, 24));
         // Sizes are in the first piece only; an empty attribute ends one before its start.
         let first = lowest == 0;
