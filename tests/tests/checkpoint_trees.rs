@@ -454,3 +454,51 @@ async fn a_checkpoint_of_a_saved_vm_keeps_its_memory() {
     assert!(memory.chunks.iter().any(outrider_proto::ids::ChunkId::is_hole), "its zeros are not");
     assert!(kept.at(&saved.to_string()).expect("by GUID").machine.saved_state);
 }
+
+/// A disk was taken out of the VM after a checkpoint: it is kept with the checkpoint, read once, and comes back with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_only_checkpoints_have_is_kept_with_them() {
+    let world = World::small().await;
+    let first = checkpoint(&world, "first").await;
+    world.write(MIB, 41).await;
+    let both = checkpoint(&world, "both").await;
+    world.lab.remove_disk(&world.name(), 1).await.expect("taken out");
+    world.write(MIB, 42).await;
+    let full = world.back_up("alpha", BackupKind::Full).await;
+    world.write(MIB, 43).await;
+    let second = world.back_up("alpha", BackupKind::Incremental).await;
+    assert_eq!(world.commit(second).kind(), BackupKind::Incremental);
+    let reasons = world.commit(second).reasons.join("; ");
+    assert!(reasons.contains("4 layers of disks, 4 of them unchanged"), "{reasons}");
+    for job in [full, second] {
+        world.judge_disks(job, 1).await;
+        let manifest = manifest(&world, job).await;
+        assert_eq!((manifest.disks.len(), manifest.tree.former.len()), (1, 1), "{manifest:?}");
+        let dir = world.folder.path().join(format!("former-{}", job.id));
+        let files =
+            restore::export_tree(&reader(&world), &manifest, &dir).await.expect("it is written");
+        let slot = &manifest.disks[0].slot;
+        let own = world.commit(job).checkpoint_id.parse().expect("a GUID");
+        let mut shape = Vec::new();
+        for file in &files {
+            let place = usize::from(file.slot != *slot);
+            let checkpoint = file.checkpoint.map_or(own, |c| c.0);
+            let compared =
+                world.lab.compare_disk(&file.path, checkpoint, place).await.expect("comparable");
+            assert_eq!(compared, Comparison::Identical, "{file:?}");
+            let chain = DiskChain::open(&file.path).expect("a sound chain").files().len();
+            shape.push((place, checkpoint, chain));
+        }
+        let expected = [(0, first, 1), (0, both, 2), (0, own, 3), (1, first, 1), (1, both, 2)];
+        assert_eq!(shape, expected, "{files:?}");
+    }
+    assert_clean(&world, 2).await;
+    // With the last checkpoint that has it, it goes.
+    for checkpoint in [both, first] {
+        delete(&world, checkpoint).await;
+    }
+    world.write(MIB, 44).await;
+    let third = world.back_up("alpha", BackupKind::Incremental).await;
+    world.judge_disks(third, 1).await;
+    assert!(manifest(&world, third).await.tree.former.is_empty());
+}

@@ -1,8 +1,12 @@
 //! What a restore plans, mends, keeps and leaves (R1, R4, R5, P12): judged by the simulated cluster, which refuses what a
 //! host would refuse.
 
-use std::path::PathBuf;
+#[path = "../../node/disk/tests/judges/tools.rs"]
+mod judges;
 
+use std::path::{Path, PathBuf};
+
+use outrider_disk::{DiskChain, RawDisk, compare};
 use outrider_lab::{
     DiskSource, Fault, FaultKind, GroupSetup, HoldSpec, HostSetup, NicSetup, VmSetup, VmState,
     WaitFor, When,
@@ -581,4 +585,81 @@ async fn assert_tree(fabric: &Fabric, vm: &str, expected: &[(&str, uuid::Uuid)])
         let compared = fabric.lab.compare_disk(leaf, expected[1].1, 0).await.expect("comparable");
         assert_eq!(compared, outrider_lab::Comparison::Identical, "applied");
     }
+}
+
+/// Other people's reader shows the same disk in a chain, from its leaf to its base.
+fn judged_by_libvhdi(fabric: &Fabric, leaf: &Path) {
+    let raw = fabric.dir().join("judged.raw");
+    let ours = DiskChain::open(leaf).expect("a sound chain");
+    judges::read_with_libvhdi(&ours.files(), &raw);
+    let theirs = RawDisk::open(&raw).expect("it was written");
+    let difference = compare::first_difference(&theirs, &ours).expect("comparable");
+    assert_eq!(difference, None, "{}", leaf.display());
+}
+
+/// A disk was taken out of the VM after a checkpoint, a drive has another image since, and one switch is of the old host alone:
+/// the VM comes back elsewhere with its checkpoints as they were, fitted to the new host as the VM is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_only_checkpoints_have_comes_back_with_them_and_is_mended_as_the_vm_is() {
+    let fabric = Fabric::start(Plan::default()).await;
+    let disk = || DiskSource::Empty { size: 12 * MIB, block_size: 1 << 20 };
+    fabric.vm_with(VM, "alpha", vec![disk(), disk()]).await;
+    let switches = |names: &[&str]| HostSetup {
+        switches: Some(names.iter().map(|n| (*n).to_owned()).collect()),
+        ..HostSetup::default()
+    };
+    fabric.lab.set_up_host("alpha", switches(&["External", "Lab"])).await.expect("set up");
+    fabric.lab.set_up_host("beta", switches(&["External", "Test"])).await.expect("set up");
+    let image = fabric.dir().join("installer.iso");
+    std::fs::write(&image, b"an image").expect("written");
+    let nics = |names: &[&str]| names.iter().map(|n| NicSetup::on(n)).collect();
+    let then = VmSetup {
+        nics: nics(&["External", "Lab"]),
+        image: Some(image.clone()),
+        ..VmSetup::default()
+    };
+    setup(&fabric, then).await;
+    fabric.write(VM, 2 * MIB, 91).await;
+    let before = fabric.lab.user_checkpoint(VM, "before").await.expect("made");
+    fabric.lab.remove_disk(VM, 1).await.expect("taken out");
+    setup(&fabric, VmSetup { nics: nics(&["External"]), ..VmSetup::default() }).await;
+    fabric.write(VM, MIB, 92).await;
+    let point = fabric.operator.backed_up(VM, BackupKind::Full).await;
+    std::fs::remove_file(&image).expect("removed");
+
+    let request =
+        rpc::RestoreRequest { with_checkpoints: true, ..copy_to(&point, "beta", "with tree") };
+    let told = report(&fabric, request).await;
+    let copy = fabric.seen("with tree").await;
+    fabric.assert_disks_are(&copy, &point).await;
+    assert_eq!((copy.disks.len(), copy.enabled_state), (1, 2), "it runs: {copy:?}");
+    let [kept] = copy.checkpoints.as_slice() else { panic!("one checkpoint: {copy:?}") };
+    assert_eq!(kept.frozen.len(), 2, "both disks are in the checkpoint: {kept:?}");
+    let libvhdi = judges::libvhdi_is_there();
+    for (place, file) in kept.frozen.iter().enumerate() {
+        let restored = copy.disks[0].chain[0].parent();
+        assert_eq!(file.parent(), restored, "a file of the copy, not of the original");
+        let compared = fabric.lab.compare_disk(file, before, place).await.expect("comparable");
+        assert_eq!(compared, outrider_lab::Comparison::Identical, "{}", file.display());
+        if libvhdi {
+            judged_by_libvhdi(&fabric, file);
+        }
+    }
+    let leaf = copy.disks[0].chain.last().expect("a file");
+    if libvhdi {
+        judged_by_libvhdi(&fabric, leaf);
+    }
+    assert_eq!(copy.disks[0].chain.len(), 2, "a differencing disk over the checkpoint's: {copy:?}");
+
+    // What the checkpoint's own settings name is fitted to the host, and told as the checkpoint's.
+    let connected: Vec<_> = kept.nics.iter().map(|(_, switch)| switch.as_deref()).collect();
+    assert_eq!(connected, [Some("External"), None], "by name, else not at all: {kept:?}");
+    assert_eq!(kept.images, Vec::<PathBuf>::new(), "the missing image is ejected");
+    for thing in ["which this host does not have", "ejected"] {
+        let of_it = told
+            .lines()
+            .any(|line| line.starts_with("in the checkpoint \"before\"") && line.contains(thing));
+        assert!(of_it, "{thing} is told of the checkpoint: {told}");
+    }
+    assert_eq!(copy.nics[0].1.as_deref(), Some("External"), "{copy:?}");
 }

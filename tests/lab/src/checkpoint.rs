@@ -64,6 +64,7 @@ pub(crate) fn create(cluster: &Cluster, vm_id: Uuid, new: &NewCheckpoint) -> Res
                 parent,
                 notes: if new.recovery { String::new() } else { format!("why {:?}", new.name) },
                 saved: vm.power == Power::Saved,
+                hardware: vm.hardware.clone(),
                 file_id: new.id,
                 missing: false,
             });
@@ -114,6 +115,7 @@ fn freeze(
         }
         made.frozen.push(FrozenDisk {
             disk: disk.id,
+            location: disk.location,
             path: leaf.to_owned(),
             chain: disk.chain.clone(),
             mark: None,
@@ -250,6 +252,10 @@ pub(crate) fn apply(cluster: &Cluster, vm_id: Uuid, checkpoint: Uuid) -> Result<
             for disk in vm.disks.iter_mut().filter(|d| d.id == moved.disk) {
                 disk.chain = [moved.chain.as_slice(), std::slice::from_ref(&moved.new)].concat();
             }
+        }
+        // The VM has what it had then.
+        if let Some(applied) = vm.checkpoints.iter().find(|c| c.id == checkpoint) {
+            vm.hardware = applied.hardware.clone();
         }
         (vm.last_applied, vm.current) = (Some(checkpoint), Some(checkpoint));
     })

@@ -88,6 +88,11 @@ impl LabControl {
         self.ask(Command::AddDisk { vm: vm.into(), disk }).await
     }
 
+    /// Takes a disk out of a VM. Its checkpoints keep it.
+    pub async fn remove_disk(&self, vm: &str, disk: usize) -> Result<(), ControlError> {
+        self.ask(Command::RemoveDisk { vm: vm.into(), disk }).await
+    }
+
     /// Grows a disk; its change tracking ends.
     pub async fn resize_disk(&self, vm: &str, disk: usize, size: u64) -> Result<(), ControlError> {
         self.ask(Command::ResizeDisk { vm: vm.into(), disk, size }).await

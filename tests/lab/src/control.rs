@@ -199,6 +199,7 @@ pub(crate) enum Command {
     State,
     CreateVm(CreateVm),
     AddDisk { vm: String, disk: DiskSource },
+    RemoveDisk { vm: String, disk: usize },
     ResizeDisk { vm: String, disk: usize, size: u64 },
     ReplaceDisk { vm: String, disk: usize, with: DiskSource },
     StartVm { vm: String },

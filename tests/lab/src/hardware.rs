@@ -246,6 +246,15 @@ impl Vm {
     }
 
     /// What keeps a planned VM of `host` from being realized, besides its disks: (object path of the device, sentence).
+    /// What the VM, or a checkpoint of it, has besides disks.
+    pub(crate) fn hardware_of(&mut self, config: Uuid) -> Option<&mut Hardware> {
+        if self.id == config {
+            return Some(&mut self.hardware);
+        }
+        let checkpoint = self.checkpoints.iter_mut().find(|c| c.id == config);
+        checkpoint.map(|c| &mut c.hardware)
+    }
+
     pub(crate) fn device_problems(&self, host: &Host) -> Vec<(String, String)> {
         let mut problems = Vec::new();
         for nic in &self.hardware.nics {

@@ -90,25 +90,42 @@ fn memory(mut state: Vec<u8>) -> Vec<u8> {
 
 fn write_definition(vm: &Vm, stem: &Path, checkpoint: Option<Uuid>) -> Result<(), LabError> {
     let frozen = checkpoint.and_then(|id| vm.checkpoints.iter().find(|c| c.id == id));
-    let disks = vm.disks.iter().map(|d| DefinedDisk {
-        id: d.id,
-        location: d.location,
-        path: match frozen {
-            Some(c) => c.disks.iter().find(|f| f.disk == d.id).map(|f| f.path.clone()),
-            None => d.leaf().map(Path::to_owned),
-        },
-    });
+    let virtual_disks: Vec<DefinedDisk> = match frozen {
+        // Also those that the VM itself has no more.
+        Some(c) => {
+            let disk = |f: &FrozenDisk| DefinedDisk {
+                id: f.disk,
+                location: f.location,
+                path: Some(f.path.clone()),
+            };
+            c.disks.iter().map(disk).collect()
+        }
+        None => {
+            let virtual_disks = vm.disks.iter().filter(|d| d.is_virtual());
+            let disk = |d: &Disk| DefinedDisk {
+                id: d.id,
+                location: d.location,
+                path: d.leaf().map(Path::to_owned),
+            };
+            virtual_disks.map(disk).collect()
+        }
+    };
+    let others = vm.disks.iter().filter(|d| !d.is_virtual());
+    let others = others.map(|d| DefinedDisk { id: d.id, location: d.location, path: None });
+    let mut disks: Vec<DefinedDisk> = virtual_disks.into_iter().chain(others).collect();
+    disks.sort_by_key(|d| d.location);
+    let of = frozen.map_or(&vm.hardware, |c| &c.hardware);
     let definition = Definition {
         id: vm.id,
         name: vm.name.clone(),
         generation: vm.generation,
         version: vm.version.clone(),
         checkpoint,
-        disks: disks.collect(),
+        disks,
         hardware: Hardware {
             saved_on: (vm.power == Power::Saved)
-                .then(|| vm.hardware.saved_on.clone().unwrap_or_else(|| vm.host.clone())),
-            ..vm.hardware.clone()
+                .then(|| of.saved_on.clone().unwrap_or_else(|| vm.host.clone())),
+            ..of.clone()
         },
         ancestors: vm
             .checkpoints
@@ -288,6 +305,7 @@ fn planned_checkpoints(ancestors: &[(Uuid, String)], folder: &Path) -> Vec<Check
             parent: None,
             notes: String::new(),
             saved: false,
+            hardware: Hardware::default(),
             file_id: *id,
             missing: true,
         })
@@ -305,7 +323,8 @@ fn read_checkpoint(id: Uuid, folder: &Path) -> Option<Checkpoint> {
     let name = definition.own_name?;
     let disks = definition.disks.into_iter();
     let disks = disks.filter_map(|d| {
-        Some(FrozenDisk { disk: d.id, path: d.path?, chain: Vec::new(), mark: None })
+        let (disk, location) = (d.id, d.location);
+        Some(FrozenDisk { disk, location, path: d.path?, chain: Vec::new(), mark: None })
     });
     Some(Checkpoint {
         id,
@@ -317,6 +336,7 @@ fn read_checkpoint(id: Uuid, folder: &Path) -> Option<Checkpoint> {
         parent: definition.parent,
         notes: definition.notes,
         saved: definition.saved,
+        hardware: definition.hardware,
         file_id: id,
         missing: false,
     })

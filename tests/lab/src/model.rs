@@ -211,6 +211,8 @@ pub(crate) struct Checkpoint {
     pub(crate) notes: String,
     /// It carries a saved state.
     pub(crate) saved: bool,
+    /// What the VM had besides disks.
+    pub(crate) hardware: Hardware,
     /// Of a planned VM: the GUID that its files are named by.
     pub(crate) file_id: Uuid,
     /// Of a planned VM: its definition file was not found.
@@ -222,6 +224,8 @@ pub(crate) struct Checkpoint {
 pub(crate) struct FrozenDisk {
     /// Slot.
     pub(crate) disk: Uuid,
+    /// Its place at the controller: the VM itself may have the disk no more.
+    pub(crate) location: u32,
     /// File that is frozen; its parents are, too.
     pub(crate) path: PathBuf,
     /// It and its parents, base first.

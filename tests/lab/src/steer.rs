@@ -85,6 +85,10 @@ async fn obey(cluster: &Arc<Cluster>, command: Command) -> Result<Json, LabError
             let id = id_of(&vm)?;
             on_disks(cluster, move |c| vms::add_disk(c, id, &disk)).await.and_then(json)
         }
+        Command::RemoveDisk { vm, disk } => {
+            let id = id_of(&vm)?;
+            on_disks(cluster, move |c| vms::remove_disk(c, id, disk)).await.and_then(json)
+        }
         Command::ResizeDisk { vm, disk, size } => {
             let id = id_of(&vm)?;
             on_disks(cluster, move |c| vms::resize_disk(c, id, disk, size)).await.and_then(json)

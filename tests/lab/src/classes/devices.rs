@@ -114,7 +114,7 @@ pub(super) fn of(config: Uuid, hardware: &Hardware) -> Vec<Object> {
 
 /// Of the active settings and of every checkpoint.
 pub(super) fn all(vm: &Vm) -> Vec<Object> {
-    let checkpoints = vm.checkpoints.iter().flat_map(|c| of(c.id, &vm.hardware));
+    let checkpoints = vm.checkpoints.iter().flat_map(|c| of(c.id, &c.hardware));
     of(vm.id, &vm.hardware).into_iter().chain(checkpoints).collect()
 }
 

@@ -329,9 +329,16 @@ fn all_disks(vm: &Vm) -> Vec<Object> {
     for checkpoint in &vm.checkpoints {
         out.extend(facts::controllers(vm, checkpoint.id));
         for frozen in &checkpoint.disks {
-            if let Some(disk) = vm.disk(frozen.disk) {
-                out.extend(disk_settings(checkpoint.id, disk, Some(&frozen.path)));
-            }
+            let former = || Disk {
+                id: frozen.disk,
+                location: frozen.location,
+                chain: frozen.chain.clone(),
+                device: None,
+                size: 0,
+                disk_id: Uuid::nil(),
+            };
+            let disk = vm.disk(frozen.disk).cloned().unwrap_or_else(former);
+            out.extend(disk_settings(checkpoint.id, &disk, Some(&frozen.path)));
         }
     }
     out

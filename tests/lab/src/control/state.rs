@@ -124,6 +124,12 @@ pub struct CheckpointState {
     /// It carries a saved state.
     #[serde(default)]
     pub saved: bool,
+    /// Its adapters and the switches that they are connected to.
+    #[serde(default)]
+    pub nics: Vec<(String, Option<String>)>,
+    /// Images in its drives.
+    #[serde(default)]
+    pub images: Vec<PathBuf>,
 }
 
 /// A reference point.

@@ -134,7 +134,7 @@ fn remove_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refu
     let Some(parsed) = parsed.filter(|p| !p.is_empty()) else {
         return Ok(Outcome::code(INVALID));
     };
-    let vm = parsed[0].0;
+    let vm = planned_with(cluster, parsed[0].0);
     let begun = cluster.change(|s| {
         s.planned
             .get(&vm)
@@ -147,11 +147,12 @@ fn remove_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refu
             let Some(planned) = s.planned.get_mut(&vm) else {
                 return Err(JobError::new(32773, "no such planned VM"));
             };
-            for (_, part) in &parsed {
-                for drive in planned.hardware.drives.iter_mut().filter(|d| d.id == *part) {
+            for (config, part) in &parsed {
+                let Some(hardware) = planned.hardware_of(*config) else { continue };
+                for drive in hardware.drives.iter_mut().filter(|d| d.id == *part) {
                     drive.image = None;
                 }
-                for nic in planned.hardware.nics.iter_mut().filter(|n| n.id == *part) {
+                for nic in hardware.nics.iter_mut().filter(|n| n.id == *part) {
                     nic.port = None;
                 }
             }
@@ -295,11 +296,7 @@ fn modify_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refu
         changes.push((config, part, resource.clone()));
     }
     let Some(config) = changes.first().map(|c| c.0) else { return Ok(Outcome::code(INVALID)) };
-    // The settings may be those of a planned VM's checkpoint.
-    let vm = cluster.read(|s| {
-        let of = |vm: &&Vm| vm.id == config || vm.checkpoints.iter().any(|c| c.id == config);
-        s.planned.values().find(of).map_or(config, |vm| vm.id)
-    });
+    let vm = planned_with(cluster, config);
     let begun = cluster.change(|s| {
         if s.planned.get(&vm).is_some_and(|p| p.host == call.host) {
             return Ok(s.begin_job(&call.host, Some(vm), &call.method, 20, None));
@@ -337,6 +334,14 @@ fn modify_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refu
     })))
 }
 
+/// The planned VM whose settings, or whose checkpoint's settings, these are; else the settings' own GUID.
+fn planned_with(cluster: &Cluster, config: Uuid) -> Uuid {
+    cluster.read(|s| {
+        let of = |vm: &&Vm| vm.id == config || vm.checkpoints.iter().any(|c| c.id == config);
+        s.planned.values().find(of).map_or(config, |vm| vm.id)
+    })
+}
+
 /// Changes one disk, adapter connection or drive of a planned VM.
 fn modify_planned(
     s: &mut State,
@@ -349,7 +354,8 @@ fn modify_planned(
     let switches = host.map(|h| h.equipment.switches.clone()).unwrap_or_default();
     let gone = || JobError::new(32773, "no such part of the planned VM");
     let planned = s.planned.get_mut(&vm).ok_or_else(gone)?;
-    if let Some(nic) = planned.hardware.nics.iter_mut().find(|n| n.id == part) {
+    let hardware = planned.hardware_of(config).ok_or_else(gone)?;
+    if let Some(nic) = hardware.nics.iter_mut().find(|n| n.id == part) {
         let asked = settings.array("HostResource").first().and_then(Value::as_str);
         let id = asked.and_then(classes::switch_of);
         let found = switches.iter().find(|s| Some(s.id) == id);

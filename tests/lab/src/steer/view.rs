@@ -1,5 +1,6 @@
 //! What the control client sees of the cluster, and what it can wait for.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::cluster::Cluster;
@@ -9,6 +10,7 @@ use crate::control::{
 };
 use crate::error::LabError;
 use crate::faults::Progress;
+use crate::hardware::Hardware;
 use crate::merge::Obstacle;
 use crate::model::{State, Vm};
 
@@ -54,6 +56,8 @@ pub(super) fn describe_vm(s: &State) -> impl Fn(&Vm) -> VmState + '_ {
                 frozen: c.disks.iter().map(|d| d.path.clone()).collect(),
                 notes: c.notes.clone(),
                 saved: c.saved,
+                nics: nics(&c.hardware),
+                images: images(&c.hardware),
             })
             .collect(),
         reference_points: vm
@@ -76,16 +80,8 @@ pub(super) fn describe_vm(s: &State) -> impl Fn(&Vm) -> VmState + '_ {
         }),
         migrating: vm.migration.is_some(),
         busy: vm.busy.is_some(),
-        nics: vm
-            .hardware
-            .nics
-            .iter()
-            .map(|n| {
-                let port = n.port.as_ref().filter(|p| p.enabled);
-                (n.name.clone(), port.map(|p| p.name.clone()))
-            })
-            .collect(),
-        images: vm.hardware.drives.iter().filter_map(|d| d.image.clone()).collect(),
+        nics: nics(&vm.hardware),
+        images: images(&vm.hardware),
         folders: [None, Some(&vm.hardware.snapshot_root), Some(&vm.hardware.swap_root)]
             .into_iter()
             .map(|root| root.and_then(Option::as_ref).unwrap_or(&vm.folder).clone())
@@ -98,6 +94,19 @@ pub(super) fn describe_vm(s: &State) -> impl Fn(&Vm) -> VmState + '_ {
         }),
         cluster_failures: vm.cluster_failures,
     }
+}
+
+/// Adapters by name, with the switch that each is connected to.
+fn nics(hardware: &Hardware) -> Vec<(String, Option<String>)> {
+    let nics = hardware.nics.iter().map(|n| {
+        let port = n.port.as_ref().filter(|p| p.enabled);
+        (n.name.clone(), port.map(|p| p.name.clone()))
+    });
+    nics.collect()
+}
+
+fn images(hardware: &Hardware) -> Vec<PathBuf> {
+    hardware.drives.iter().filter_map(|d| d.image.clone()).collect()
 }
 
 fn holds(s: &State, condition: &WaitFor) -> Result<bool, LabError> {

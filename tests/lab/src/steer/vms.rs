@@ -149,6 +149,25 @@ pub(super) fn add_disk(
     })
 }
 
+/// Takes a disk out of the VM; its files stay, for checkpoints that have it.
+pub(super) fn remove_disk(cluster: &Cluster, id: Uuid, place: usize) -> Result<(), LabError> {
+    idle(cluster, id)?;
+    let io = cluster.read(|s| s.vm(id).map(|vm| vm.io.clone()))?;
+    let mut io = locked(&io);
+    cluster.change(|s| {
+        let vm = s.vm_mut(id)?;
+        if place >= vm.disks.len() {
+            return Err(LabError::unknown("disk", place));
+        }
+        let disk = vm.disks.remove(place);
+        io.close(disk.id)?;
+        io.forget(disk.id);
+        import::write_vm_files(vm)?;
+        s.announce_vm(id);
+        Ok(())
+    })
+}
+
 /// Puts another file into a disk's slot. Change tracking of that disk ends.
 pub(crate) fn replace_file(
     cluster: &Cluster,

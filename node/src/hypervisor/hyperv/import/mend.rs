@@ -51,7 +51,22 @@ impl HyperV {
         let disks = fixed_disks(&parts, |slot| file_for(&new.disks, slot))?;
         self.modify(lease, "set the disks of the planned VM", &disks).await?;
         self.mend_checkpoints(lease, planned, new, &mut mended).await?;
-        let connections = connections(&parts, &self.switches().await?, new, &mut mended)?;
+        self.fit_devices(lease, &parts, new, &mut mended).await?;
+        let settings = rooted(settings, new, &mut mended);
+        let args = vec![("SystemSettings", Value::Object(Box::new(settings)))];
+        self.manage(lease, "name the planned VM", "ModifySystemSettings", args).await?;
+        Ok(mended)
+    }
+
+    /// Connects adapters to switches of this host, and ejects images that are not here.
+    async fn fit_devices(
+        &self,
+        lease: &Lease,
+        parts: &[Object],
+        new: &NewVm,
+        mended: &mut Vec<String>,
+    ) -> Result<(), HypervisorError> {
+        let connections = connections(parts, &self.switches().await?, new, mended)?;
         self.modify(lease, "connect the adapters of the planned VM", &connections).await?;
         let missing: Vec<&Object> = parts.iter().filter(|o| is_missing_image(o)).collect();
         for image in &missing {
@@ -66,10 +81,7 @@ impl HyperV {
             let args = vec![("ResourceSettings", Value::Array(paths))];
             self.manage(lease, "eject missing images", "RemoveResourceSettings", args).await?;
         }
-        let settings = rooted(settings, new, &mut mended);
-        let args = vec![("SystemSettings", Value::Object(Box::new(settings)))];
-        self.manage(lease, "name the planned VM", "ModifySystemSettings", args).await?;
-        Ok(mended)
+        Ok(())
     }
 
     async fn modify(
@@ -126,7 +138,7 @@ impl HyperV {
             if !is_missing(&settings)
                 && let Some(restored) = restored_as(&settings, &new.restored_checkpoints)
             {
-                self.fix_checkpoint(lease, &settings, restored).await?;
+                self.fix_checkpoint(lease, &settings, restored, new, mended).await?;
                 continue;
             }
             let doing = format!("take the checkpoint {name:?} out of the planned VM");
@@ -143,16 +155,34 @@ impl HyperV {
         Ok(())
     }
 
+    /// Fits a checkpoint's own settings, as those of the VM. Whoever applies it gets what they name; adapters and images stop no VM
+    /// from coming back, so that what fails about them is told.
     async fn fix_checkpoint(
         &self,
         lease: &Lease,
         settings: &Object,
         restored: &RestoredCheckpoint,
+        new: &NewVm,
+        mended: &mut Vec<String>,
     ) -> Result<(), HypervisorError> {
         let reading = "read a checkpoint of the planned VM";
         let parts = self.associated(reading, &settings.path, COMPONENT, "").await?;
         let disks = fixed_disks(&parts, |slot| file_for(&restored.disks, slot))?;
-        self.modify(lease, "set the disks of a checkpoint of the planned VM", &disks).await
+        self.modify(lease, "set the disks of a checkpoint of the planned VM", &disks).await?;
+        let mut of_it = Vec::new();
+        // Told with the VM itself: its adapters' addresses.
+        let as_told = NewVm { keep_guid: true, ..new.clone() };
+        match self.fit_devices(lease, &parts, &as_told, &mut of_it).await {
+            Ok(()) => {}
+            Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
+            Err(e) => {
+                of_it =
+                    vec![format!("its adapters and images could not be fitted to this host: {e}")]
+            }
+        }
+        let name = &restored.name;
+        mended.extend(of_it.into_iter().map(|what| format!("in the checkpoint {name:?}: {what}")));
+        Ok(())
     }
 }
 
