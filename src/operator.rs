@@ -109,6 +109,12 @@ impl Operator {
         Ok(ask!(self, list_vms, request)?.vms)
     }
 
+    /// What a deleted VM left was looked after.
+    pub(crate) async fn settle_vm(&self, vm: &str) -> Result<rpc::Vm, Status> {
+        let request = rpc::SettleVmRequest { vm: vm.to_owned() };
+        ask!(self, settle_vm, request)
+    }
+
     pub(crate) async fn create_group(
         &self,
         request: rpc::CreateGroupRequest,

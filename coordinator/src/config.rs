@@ -153,6 +153,9 @@ pub struct TracesConfig {
     /// How long a merge may take.
     #[serde(with = "time")]
     pub merge: Duration,
+    /// Between the two looks of all hosts of a realm that prove that a VM is nowhere there any more.
+    #[serde(with = "time")]
+    pub absent_after: Duration,
 }
 
 impl Default for TracesConfig {
@@ -161,6 +164,7 @@ impl Default for TracesConfig {
             every: Duration::from_secs(300),
             checkpoint_age: Duration::from_secs(24 * 3600),
             merge: Duration::from_secs(4 * 3600),
+            absent_after: Duration::from_secs(3600),
         }
     }
 }

@@ -3,12 +3,18 @@
 //! [`Follow`] holds what the agents told *this* leader; the state holds what was decided. Agents attach to a new leader
 //! with a full inventory, so that what a leader knows can be lost with it. Pure: events and state in, changes out.
 
+mod absence;
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use outrider_proto::ids::{VmKey, VmRole};
 
 use crate::state::vms::{Sighting, is_placed, is_primary};
 use crate::state::{Change, State};
+
+use absence::Absence;
+pub(crate) use absence::{MOST_SOUGHT, Searched};
 
 /// An instance of a VM as one agent reports it.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,6 +49,8 @@ pub(crate) enum Event {
     Silent { host: String, silent: bool },
     /// The host was removed from the fabric.
     Forgotten { host: String },
+    /// A host looked for VMs that nobody shows.
+    Searched(Searched),
 }
 
 /// What agents told this leader.
@@ -55,6 +63,10 @@ pub(crate) struct Follow {
     silent: BTreeSet<String>,
     /// Realms with a cluster database: it says which hosts are dead.
     clusters: BTreeSet<String>,
+    /// What hosts answered about VMs that nobody shows.
+    absence: Absence,
+    /// Between the two looks of all hosts that prove that a VM is nowhere.
+    grace: Duration,
     clock: u64,
 }
 
@@ -83,6 +95,11 @@ impl Report {
 }
 
 impl Follow {
+    /// With the time between the two looks of all hosts that prove that a VM is nowhere.
+    pub(crate) fn new(grace: Duration) -> Self {
+        Self { grace, ..Self::default() }
+    }
+
     /// Takes an event in and says what follows from it.
     pub(crate) fn apply(&mut self, event: Event, state: &State) -> Vec<Change> {
         let mut changes = Vec::new();
@@ -93,10 +110,12 @@ impl Follow {
             Event::Forgotten { host } => {
                 self.heard.remove(&host);
                 self.silent.remove(&host);
+                self.absence.forget(&host);
                 for reports in self.vms.values_mut() {
                     reports.by.remove(&host);
                 }
             }
+            Event::Searched(answer) => self.searched(&answer, state, &mut changes),
             Event::Inventory { host, realm, vms, up, down } => {
                 self.silent.remove(&host);
                 if !up.is_empty() || !down.is_empty() {
@@ -122,6 +141,28 @@ impl Follow {
             Event::Silent { host, silent: true } => self.silent(host, state, &mut changes),
         }
         changes
+    }
+
+    /// VMs of a realm that nobody shows, and that something is still owed to or waits for.
+    pub(crate) fn sought(&self, realm: &str, state: &State) -> Vec<VmKey> {
+        let shown = |vm: &VmKey| {
+            roles(vm).any(|role| self.vms.get(&role).is_some_and(|reports| !reports.by.is_empty()))
+        };
+        state.owed().into_iter().filter(|vm| vm.realm == realm && !shown(vm)).collect()
+    }
+
+    /// F15: only what all hosts and the cluster's database say twice is taken for an absence.
+    fn searched(&mut self, answer: &Searched, state: &State, changes: &mut Vec<Change>) {
+        self.absence.heard(answer);
+        let sought = self.sought(&answer.realm, state);
+        self.absence.keep(&answer.realm, &sought);
+        for vm in sought {
+            let clustered = state.vms.get(&vm).is_some_and(|known| known.clustered);
+            if self.absence.proven(&vm, clustered, self.grace, state) {
+                tracing::warn!(%vm, "no host and no cluster database of its realm knows this VM any more");
+                changes.push(Change::VmAbsent { vm });
+            }
+        }
     }
 
     fn inventory(
@@ -172,6 +213,7 @@ impl Follow {
         changes: &mut Vec<Change>,
     ) {
         let key = instance.facts.vm.clone();
+        self.absence.shown(&key);
         let reports = self.vms.entry(key.clone()).or_default();
         let cluster_owner = reports.owner.clone();
         let (clustered, realized) = (instance.facts.clustered, instance.realized);

@@ -56,6 +56,8 @@ pub(crate) struct Settings {
     pub(crate) look_every: Duration,
     /// What of it is no alarm yet.
     pub(crate) bearable: Bounds,
+    /// Between the two looks of all hosts that prove that a VM is nowhere.
+    pub(crate) absent_after: Duration,
     /// The fabric's authority.
     pub(crate) ca_pem: String,
     /// The enrolment authority beside this member's certificate.
@@ -270,7 +272,7 @@ impl Leader {
         self.metrics.reigns.inc();
         *self.lock() = Some(Reign {
             term,
-            follow: Follow::default(),
+            follow: Follow::new(self.settings.absent_after),
             holds: Holds::new(self.settings.lease.duration),
             agents: BTreeMap::new(),
             storage: BTreeMap::new(),
@@ -337,8 +339,7 @@ impl Leader {
                 let jobs = vms.into_iter().map(job).collect();
                 self.propose(Change::RunGroup { group, jobs, skipped, next_run_ms }).await?;
             }
-            Decision::Cleanup { vm } => {
-                let why = "an earlier job left something on the host".to_owned();
+            Decision::Cleanup { vm, why } => {
                 let job = new_job(vm, None, |_| Work::Cleanup { why });
                 self.propose(Change::CreateJob(Box::new(job))).await?;
             }
@@ -366,10 +367,15 @@ impl Leader {
 
     /// Who is attached.
     pub(crate) fn live(&self) -> Live {
-        let attached = self.reigning(|reign| {
-            reign.agents.iter().map(|(host, agent)| (host.clone(), agent.boot_id())).collect()
+        let live = self.reigning(|reign| Live {
+            attached: reign
+                .agents
+                .iter()
+                .map(|(host, agent)| (host.clone(), agent.boot_id()))
+                .collect(),
+            litter: self.member.replica().read(|state| reign.traces.litter(state)),
         });
-        Live { attached: attached.unwrap_or_default() }
+        live.unwrap_or_default()
     }
 
     /// When each attached agent was heard last, Unix milliseconds.
@@ -443,7 +449,8 @@ impl Leader {
             m.jobs_pending.set(gauge(pending));
             m.vms.set(gauge(state.vms.len()));
             m.points.set(gauge(state.points.len()));
-            m.open_duties.set(gauge(state.duties.len()));
+            m.open_duties.set(gauge(state.duties.values().filter(|duty| duty.is_open()).count()));
+            m.resting_duties.set(gauge(state.resting_duties().count()));
         });
         let (agents, storage) =
             self.reigning(|reign| (reign.agents.len(), reign.storage.len())).unwrap_or_default();

@@ -33,6 +33,7 @@ pub(crate) struct Metrics {
     pub(crate) vms: Gauge,
     pub(crate) points: Gauge,
     pub(crate) open_duties: Gauge,
+    pub(crate) resting_duties: Gauge,
     /// What lasts too long on hosts.
     pub(crate) trace_alarms: Gauge,
 }
@@ -64,6 +65,11 @@ impl Metrics {
         registry.register("vms", "VMs known", m.vms.clone());
         registry.register("points", "Recovery points", m.points.clone());
         registry.register("open_duties", "Duties not done yet", m.open_duties.clone());
+        registry.register(
+            "resting_duties",
+            "Duties of VMs that are nowhere any more",
+            m.resting_duties.clone(),
+        );
         registry.register(
             "trace_alarms",
             "Checkpoints too old, chains that grow and merges that do not end",

@@ -268,6 +268,7 @@ fn settings(config: &Config, identity: &Identity, enrolment: Option<SealedEnrolm
             checkpoint_ms: millis(config.traces.checkpoint_age),
             merge_ms: millis(config.traces.merge),
         },
+        absent_after: config.traces.absent_after,
         ca_pem: String::from_utf8_lossy(identity.authority_pem()).into_owned(),
         enrolment: enrolment.map(|e| Authority { cert_pem: e.cert_pem, key: e.key }),
     }

@@ -36,6 +36,8 @@ impl Default for Limits {
 pub(crate) struct Live {
     /// Attached agents and their starts.
     pub(crate) attached: BTreeMap<String, u64>,
+    /// VMs on hosts that leave which showed something of ours that nothing known explains, and when they did.
+    pub(crate) litter: BTreeMap<VmKey, u64>,
 }
 
 /// What to do.
@@ -49,8 +51,8 @@ pub(crate) enum Decision {
         skipped: u64,
         next_run_ms: u64,
     },
-    /// Somebody must fulfil the VM's duties.
-    Cleanup { vm: VmKey },
+    /// Somebody must fulfil the VM's duties, or remove what is ours on a host that leaves.
+    Cleanup { vm: VmKey, why: String },
     /// The VM's host leaves: its base is given up.
     Release { vm: VmKey },
     /// The job waits for a host that leaves.
@@ -91,7 +93,7 @@ const HOUR_MS: u64 = 3_600_000;
 pub(crate) fn decide(state: &State, live: &Live, limits: &Limits, now_ms: u64) -> Vec<Decision> {
     let mut decisions = due_groups(state, now_ms);
     decisions.extend(departures(state));
-    decisions.extend(due_cleanups(state, limits, now_ms));
+    decisions.extend(due_cleanups(state, live, limits, now_ms));
     decisions.extend(leases(state, live, limits, now_ms));
     decisions
 }
@@ -149,21 +151,26 @@ fn runs(state: &State, vm: &VmKey) -> bool {
     })
 }
 
-fn due_cleanups(state: &State, limits: &Limits, now_ms: u64) -> Vec<Decision> {
-    let mut vms: Vec<&VmKey> = state.duties.values().map(|duty| &duty.vm).collect();
-    vms.sort();
-    vms.dedup();
+/// What is owed, and what hosts that leave have shown: both are tried again after a while.
+fn due_cleanups(state: &State, live: &Live, limits: &Limits, now_ms: u64) -> Vec<Decision> {
+    let owed = state.duties.values().filter(|duty| duty.is_open()).map(|duty| &duty.vm);
+    let owed = owed.map(|vm| (vm, "an earlier job left something on the host"));
+    let shown = live.litter.iter().filter(|(vm, at)| !state.worked_on_since(vm, **at));
+    let shown =
+        shown.map(|(vm, _)| (vm, "something of ours is on a host that is leaving the fabric"));
+    // Both may be so of one VM: it is one job.
+    let vms: BTreeMap<&VmKey, &str> = shown.chain(owed).collect();
     vms.into_iter()
-        .filter(|vm| state.jobs.active(vm).is_none())
-        .filter(|vm| state.vms.get(vm).is_some_and(Vm::is_workable))
-        .filter(|vm| {
+        .filter(|(vm, _)| state.jobs.active(vm).is_none())
+        .filter(|(vm, _)| state.vms.get(vm).is_some_and(Vm::is_workable))
+        .filter(|(vm, _)| {
             state.cleanups.get(vm).is_none_or(|tries| {
                 tries.failed == 0
                     || tries.last_ms.saturating_add(back_off(limits, tries.failed)) <= now_ms
                     || tries.last_ms > now_ms.saturating_add(HOUR_MS)
             })
         })
-        .map(|vm| Decision::Cleanup { vm: vm.clone() })
+        .map(|(vm, why)| Decision::Cleanup { vm: vm.clone(), why: why.to_owned() })
         .collect()
 }
 

@@ -4,6 +4,7 @@
 //! so it refuses instead of panicking. Times are those of the leader that proposed the command. Progress of running jobs
 //! is not here: it lives on the leader.
 
+pub(crate) mod absence;
 pub(crate) mod bindings;
 pub(crate) mod change;
 pub(crate) mod departures;
@@ -14,6 +15,7 @@ pub(crate) mod facts;
 pub(crate) mod groups;
 pub(crate) mod hosts;
 pub(crate) mod jobs;
+mod lasting;
 pub(crate) mod layout;
 mod pairs;
 pub(crate) mod points;
@@ -42,6 +44,8 @@ use jobs::Jobs;
 use layout::Storage;
 use points::Point;
 use vms::Vm;
+
+use crate::traces::Lasting;
 
 /// Everything that is replicated.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -73,6 +77,9 @@ pub(crate) struct State {
     /// Why a VM has no base, where more is known than that.
     #[serde(with = "pairs")]
     pub(crate) unbased: BTreeMap<VmKey, String>,
+    /// What should not last and does, on hosts.
+    #[serde(with = "pairs")]
+    pub(crate) lasting: BTreeMap<VmKey, Lasting>,
     /// Recovery points.
     pub(crate) points: BTreeMap<PointId, Point>,
     /// Storage nodes and layout.
@@ -114,6 +121,9 @@ impl State {
             Change::VmPlaced { vm, host } => self.vm_placed(&vm, &host, now),
             Change::VmDuplicate { vm, duplicate } => self.vm_duplicate(&vm, duplicate),
             Change::VmGone { vm } => self.vm_gone(&vm, now),
+            Change::VmAbsent { vm } => self.vm_absent(&vm, now),
+            Change::Lasting { host, vms } => self.lasts(&host, vms),
+            Change::SettleVm { vm } => self.settle_vm(&vm),
             Change::RoleLeft { vm } => self.role_left(&vm, now),
             Change::TrackingUnproven { vm } => self.tracking_unproven(&vm, now),
             Change::CreateGroup(group) => self.create_group(*group),

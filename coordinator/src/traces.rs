@@ -1,6 +1,7 @@
 //! What backups left on hosts, compared with what is known: which checkpoints, reference points and child files no duty and
 //! no base explains, whose they seem to be, and what to do. Pure; nothing here changes anything.
 
+mod lasting;
 mod message;
 mod watch;
 
@@ -10,6 +11,7 @@ use outrider_proto::ids::VmKey;
 
 use crate::state::State;
 
+pub(crate) use lasting::Lasting;
 pub(crate) use message::from_message;
 pub(crate) use watch::{Bounds, Watch};
 

@@ -148,6 +148,7 @@ pub struct JobTimes {
     #[serde(with = "humantime_serde")]
     pub merge_wait: Duration,
     /// How long a VM that is not on this host is waited for: a move is followed by the end of the lease.
+    #[serde(with = "humantime_serde")]
     pub vm_wait: Duration,
     /// How long a coordinator is sought before a job gives up (its lease usually ends first).
     #[serde(with = "humantime_serde")]

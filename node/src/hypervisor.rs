@@ -276,6 +276,15 @@ impl ReferencePoint {
     }
 }
 
+/// The answer to [`Hypervisor::search`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Those of the VMs that are known.
+    pub vms: Vec<VmGuid>,
+    /// All members of the cluster, whatever their state; none on a stand-alone host.
+    pub cluster_hosts: Vec<String>,
+}
+
 /// A hypervisor of this host.
 #[async_trait]
 pub trait Hypervisor: Send + Sync + 'static {
@@ -349,6 +358,12 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// What backups left here, whoever made them; VMs of which there is nothing are left out. Changes nothing.
     async fn traces(&self) -> Result<Vec<traces::VmTraces>, HypervisorError>;
+
+    /// Which of these VMs this host, or the cluster's database as it reads it, knows in any form: realized, on their way here, or as
+    /// settings alone. None: it cannot say for certain, as where a VM that is off is not known at all.
+    async fn search(&self, _vms: &[VmGuid]) -> Result<Option<Found>, HypervisorError> {
+        Ok(None)
+    }
 
     /// One VM's state.
     async fn vm(&self, vm: VmGuid) -> Result<VmState, HypervisorError>;

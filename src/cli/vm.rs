@@ -20,10 +20,31 @@ pub(super) enum Command {
         #[command(flatten)]
         connection: Connection,
     },
+    /// Say that what a VM left that was deleted in mid-backup was looked after: ends its alarm. See `outrider host orphans`
+    Settle {
+        /// Name or id
+        vm: String,
+        #[command(flatten)]
+        connection: Connection,
+    },
 }
 
 pub(super) async fn run(command: Command, json: bool) -> Done {
-    let Command::List { name, connection } = command;
+    match command {
+        Command::List { name, connection } => list(name, &connection, json).await,
+        Command::Settle { vm, connection } => {
+            let settled = connection.open()?.settle_vm(&vm).await?;
+            if json {
+                output::json(&json!({ "ok": true, "vm": view::vm(&settled) }));
+            } else {
+                eprintln!("nothing is owed any more for what VM {} left", settled.name);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+async fn list(name: Option<String>, connection: &Connection, json: bool) -> Done {
     let vms = connection.open()?.vms(&name.unwrap_or_default()).await?;
     if json {
         let vms: Vec<_> = vms.iter().map(view::vm).collect();

@@ -81,7 +81,8 @@ impl Ground<'_> {
              storage = {{ nodes = {nodes}, pg_count = 8, replicas = {replicas}, min_durable = {min_durable} }}\n\
              raft = {{ heartbeat = \"100ms\", election_min = \"500ms\", election_max = \"1000ms\" }}\n\
              enrolment = {{ valid = \"{enrolled_for}\" }}\n\
-             limits = {{ back_off = \"100ms\", back_off_max = \"1s\" }}\n{rim}",
+             limits = {{ back_off = \"100ms\", back_off_max = \"1s\" }}\n{rim}{more}",
+            more = plan.coordinator_settings,
             enrolled_for = plan.enrolled_for,
             name = text(&name),
             fabric = text(self.fabric),
@@ -125,7 +126,7 @@ impl Ground<'_> {
              lab = {{ address = {lab} }}\nlimits = {{ read_size = \"1 MiB\", in_flight = \"16 MiB\" }}\n\
              jobs = {{ barrier_interval = \"{barrier}\", busy_first = \"20ms\", \
              busy_ceiling = \"200ms\", merge_wait = \"{merge}\", storage_patience = \"{patience}\", \
-             inventory_interval = \"{inventory}\" }}\n{rim}{more}",
+             vm_wait = \"{vm_wait}\", inventory_interval = \"{inventory}\" }}\n{rim}{more}",
             name = text(host),
             fabric = text(self.fabric),
             realm = text(self.realm),
@@ -133,6 +134,7 @@ impl Ground<'_> {
             coordinators = list(self.coordinators),
             scratch = self.data("node", host),
             inventory = self.plan.inventory_interval,
+            vm_wait = self.plan.vm_wait,
             lab = text(lab),
             more = self.plan.node_settings,
             patience = self.plan.storage_patience,

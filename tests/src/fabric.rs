@@ -51,12 +51,16 @@ pub struct Plan {
     pub min_free: &'static str,
     /// How long a job waits for a merge before it says that the host is not clean.
     pub merge_wait: &'static str,
+    /// How long a job waits for its VM to be on its host again.
+    pub vm_wait: &'static str,
     /// How often agents look at everything, for events that were lost without a word.
     pub inventory_interval: &'static str,
     /// What a storage node may keep.
     pub capacity: &'static str,
     /// More settings of agents on hosts of the lab (TOML tables).
     pub node_settings: String,
+    /// More settings of coordinators (TOML tables).
+    pub coordinator_settings: String,
     /// OTLP receiver.
     pub otlp: Option<String>,
     /// Where coordinators and storage nodes listen.
@@ -82,9 +86,11 @@ impl Default for Plan {
             barrier_interval: "200ms",
             min_free: "256 MiB",
             merge_wait: "60s",
+            vm_wait: "60s",
             inventory_interval: "300s",
             capacity: "2 GiB",
             node_settings: String::new(),
+            coordinator_settings: String::new(),
             otlp: None,
             address: Ipv4Addr::LOCALHOST.into(),
             verbose: std::env::var_os("OUTRIDER_TEST_DEBUG").is_some(),

@@ -118,6 +118,13 @@ impl Operator {
         reply.jobs.into_iter().next().ok_or_else(|| Status::not_found(format!("no job {id}")))
     }
 
+    /// All jobs of a VM, newest first.
+    pub async fn jobs(&self, vm: &str) -> Vec<rpc::Job> {
+        let request = rpc::ListJobsRequest { vm: vm.to_owned(), ..Default::default() };
+        let reply = self.call(async |mut c| c.list_jobs(request.clone()).await).await;
+        reply.expect("a list").jobs
+    }
+
     /// Waits until nothing more happens to a job.
     pub async fn ended(&self, id: &str) -> rpc::Job {
         eventually(&format!("job {id} ends"), async || {

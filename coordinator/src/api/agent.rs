@@ -318,7 +318,7 @@ impl Agent for AgentService {
         let mut reply = self.retired(&host);
         if reply.retiring && reply.waits.is_empty() {
             // By what is known it is clean: is it by what is there?
-            reply.waits = departures::litter(&self.leader, &host).await?;
+            reply.waits = departures::litter(&self.leader, &host).await;
         }
         Ok(Response::new(reply))
     }
@@ -420,7 +420,7 @@ async fn heard(leader: &Leader, session: &AgentSession, what: What) -> Result<()
             };
             leader.progressed(session, job, epoch, progress);
         }
-        What::Survey(survey) => leader.surveyed(session, survey),
+        What::Survey(survey) => leader.surveyed(session, survey).await,
         What::Closed(closed) => {
             let (job, epoch) = wire::held("SourcesClosed", &closed.job_id, closed.lease_epoch)?;
             if let Err(error) = leader.closed(session, job, epoch).await {

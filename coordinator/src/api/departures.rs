@@ -2,8 +2,7 @@
 
 use tonic::Status;
 
-use crate::leader::{Leader, new_job};
-use crate::state::jobs::Work;
+use crate::leader::Leader;
 use crate::state::{Change, Outcome};
 use crate::traces::{Known, Owner, orphans};
 
@@ -26,35 +25,23 @@ pub(super) async fn forget(
     }
 }
 
-/// What of ours a host shows although no duty names it: cleanup jobs are made for it. Sentences for whoever waits.
-pub(super) async fn litter(leader: &Leader, host: &str) -> Result<Vec<String>, Status> {
+/// What of ours a host shows although no duty names it. Sentences for whoever waits. Looking changes nothing: the leader decides by
+/// what was seen (`schedule`).
+pub(super) async fn litter(leader: &Leader, host: &str) -> Vec<String> {
     let found = match leader.survey(host).await {
         Ok(found) => found,
-        Err(error) => return Ok(vec![format!("host {host} cannot be looked at: {error}")]),
+        Err(error) => return vec![format!("host {host} cannot be looked at: {error}")],
     };
-    let mut waits = Vec::new();
-    for vm in found {
-        let state = leader.member().replica();
-        let known = state.read(|state| Known::of(state, &vm.vm));
-        let ours: Vec<_> = orphans(&vm, &known)
-            .0
-            .into_iter()
-            .filter(|orphan| orphan.owner == Owner::Ours)
-            .collect();
-        let Some(first) = ours.first() else { continue };
-        waits.push(format!(
+    let waits = found.into_iter().filter_map(|vm| {
+        let known = leader.member().replica().read(|state| Known::of(state, &vm.vm));
+        let (unexplained, _) = orphans(&vm, &known);
+        let first = unexplained.into_iter().find(|orphan| orphan.owner == Owner::Ours)?;
+        Some(format!(
             "VM {:?}: {} {:?} of ours is there, and is being removed",
             vm.name,
             first.what.as_str(),
             first.id
-        ));
-        let why = format!("host {host} is leaving the fabric");
-        let job = new_job(vm.vm, None, |_| Work::Cleanup { why });
-        match leader.propose(Change::CreateJob(Box::new(job))).await {
-            // One is on its way already.
-            Ok(_) => {}
-            Err(error) => return Err(super::proposal(leader, error)),
-        }
-    }
-    Ok(waits)
+        ))
+    });
+    waits.collect()
 }

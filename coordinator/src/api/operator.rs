@@ -2,6 +2,9 @@
 
 mod names;
 mod orphans;
+mod policy;
+mod refusals;
+mod restores;
 mod tokens;
 mod view;
 mod watch;
@@ -10,8 +13,8 @@ use std::sync::Arc;
 
 use outrider_process::identity::{PeerName, Role};
 use outrider_process::tasks::TaskSpawner;
-use outrider_proto::error_code::{self, ErrorCode};
-use outrider_proto::ids::{GroupId, JobId, VmKey, VmRole};
+use outrider_proto::error_code;
+use outrider_proto::ids::{GroupId, JobId, VmKey};
 use outrider_proto::model::{parse, required};
 use outrider_proto::rpc;
 use outrider_proto::rpc::operator_server::{Operator, OperatorServer};
@@ -20,25 +23,23 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{departures, peer, wire};
-use crate::leader::{Leader, backup, new_job, operator_ticket, wire_layout};
+use crate::leader::{Leader, backup, operator_ticket, wire_layout};
 use crate::schedule::check;
-use crate::state::facts::{BackupKind, Consistency};
-use crate::state::groups::{NewGroup, Policy};
-use crate::state::jobs::{BootCheck, NewJob, Restore, Work};
+use crate::state::facts::BackupKind;
+use crate::state::groups::NewGroup;
+use crate::state::jobs::NewJob;
 use crate::state::points::Point;
-use crate::state::vms::is_placed;
 use crate::state::{Change, Outcome, State};
 
 use names::NameError;
+use policy::policy;
+use refusals::{named, unknown_job, unmeant, unworkable};
 
 /// Serves operators.
 pub(crate) struct OperatorService {
     leader: Arc<Leader>,
     tasks: TaskSpawner,
 }
-
-/// Chunk sizes that the format allows.
-const CHUNK_SIZES: std::ops::RangeInclusive<u32> = 64 << 10..=4 << 20;
 
 impl OperatorService {
     pub(crate) fn server(leader: Arc<Leader>, tasks: TaskSpawner) -> OperatorServer<Self> {
@@ -129,6 +130,19 @@ impl Operator for OperatorService {
             Ok(view::vms(state, found))
         })?;
         Ok(Response::new(rpc::ListVmsReply { vms }))
+    }
+
+    async fn settle_vm(
+        &self,
+        request: Request<rpc::SettleVmRequest>,
+    ) -> Result<Response<rpc::Vm>, Status> {
+        let peer = self.enter(&request).await?;
+        let wanted = request.into_inner().vm;
+        let vm = self.read(|state| names::vm(state, &wanted)).map_err(named)?;
+        self.propose(Change::SettleVm { vm: vm.clone() }).await?;
+        tracing::info!(operator = peer.name, %vm, "what a deleted VM left was looked after");
+        let shown = self.read(|state| view::vms(state, vec![vm])).pop();
+        shown.map(Response::new).ok_or_else(|| named(NameError::UnknownVm(wanted)))
     }
 
     async fn create_group(
@@ -329,48 +343,7 @@ impl Operator for OperatorService {
     ) -> Result<Response<rpc::Job>, Status> {
         self.enter(&request).await?;
         let r = request.into_inner();
-        if !r.new_name.is_empty() {
-            names::check_name("VM", &r.new_name).map_err(named)?;
-        }
-        if r.with_checkpoints && !r.checkpoint.is_empty() {
-            return Err(Status::invalid_argument(
-                "a VM is restored with its checkpoints, or as it was at one of them: choose one",
-            ));
-        }
-        let job = self.read(|state| {
-            let point = names::point(state, &r.point_id, &r.vm).map_err(named)?;
-            let host = match (&r.to_host, state.vms.get(&point.vm)) {
-                (host, _) if !host.is_empty() => host.clone(),
-                (_, Some(vm)) => vm.host.clone().ok_or_else(|| no_host(point))?,
-                (_, None) => return Err(no_host(point)),
-            };
-            if !state.hosts.contains_key(&host) {
-                return Err(named(NameError::UnknownHost(host)));
-            }
-            let restore = Restore {
-                point: point.id,
-                manifest: point.manifest,
-                host,
-                name: if r.new_name.is_empty() { point.vm_name.clone() } else { r.new_name },
-                folder: r.target_folder,
-                keep_guid: r.keep_guid,
-                overwrite: r.overwrite,
-                power_on: r.power_on,
-                highly_available: r.highly_available,
-                switches: r.switches.into_iter().map(|s| (s.from, s.to)).collect(),
-                disconnect: r.disconnect,
-                discard_saved_state: r.discard_saved_state,
-                with_checkpoints: r.with_checkpoints,
-                checkpoint: r.checkpoint,
-                keep_replaced: r.keep_replaced,
-                boot_check: r.boot_check.map(|check| BootCheck {
-                    patience_ms: check.patience_ms,
-                    text: check.text,
-                    screen: check.screen,
-                }),
-            };
-            Ok(new_job(point.vm.clone(), None, |_| Work::Restore(Box::new(restore))))
-        })?;
+        let job = self.read(|state| restores::job(state, r))?;
         self.create(job).await.map(Response::new)
     }
 
@@ -460,7 +433,7 @@ impl Operator for OperatorService {
             (shown, waits)
         });
         if !r.cancel && waits.is_empty() {
-            waits = departures::litter(&self.leader, &host).await?;
+            waits = departures::litter(&self.leader, &host).await;
         }
         Ok(Response::new(rpc::RetireHostReply { host: shown, waits }))
     }
@@ -488,105 +461,4 @@ impl Operator for OperatorService {
         tracing::info!(operator = peer.name, token = token.token_id, "a join token was revoked");
         Ok(Response::new(token))
     }
-}
-
-/// The policy as asked for, with what was left open filled in.
-fn policy(p: rpc::Policy) -> Result<Policy, Status> {
-    let default = Policy::default();
-    let chunk_size = p.chunk_size;
-    if chunk_size != 0 && !(chunk_size.is_power_of_two() && CHUNK_SIZES.contains(&chunk_size)) {
-        return Err(Status::invalid_argument(format!(
-            "chunk size {chunk_size} is not a power of two from 64 KiB to 4 MiB"
-        )));
-    }
-    let policy = Policy {
-        every_ms: p.every_ms,
-        wanted: wire::to_consistency(p.wanted()).unwrap_or(default.wanted),
-        minimum: wire::to_consistency(p.minimum()).unwrap_or(default.minimum),
-        chunk_size,
-        require_all_disks: p.require_all_disks,
-        allow_offline: p.allow_offline,
-        no_quiesce: p.no_quiesce,
-        truncate_logs: p.truncate_logs,
-        no_change_tracking: p.no_change_tracking,
-        skip_page_files: p.skip_page_files,
-        before_command: p.before_command,
-        after_command: p.after_command,
-        command_failure_fails: p.command_failure_fails,
-        check_within_ms: p.check_within_ms.unwrap_or(default.check_within_ms),
-        flat_checkpoints: p.flat_checkpoints,
-    };
-    for command in [&policy.before_command, &policy.after_command] {
-        if !command.is_empty() {
-            names::check_name("command", command).map_err(named)?;
-        }
-    }
-    let needs_guest = matches!(policy.minimum, Consistency::Application | Consistency::FileSystem);
-    if policy.no_quiesce && needs_guest {
-        return Err(Status::invalid_argument(
-            "guests that are not brought to rest give no application or file-system consistency: leave out --no-quiesce, \
-             or accept crash consistency as the minimum",
-        ));
-    }
-    if policy.minimum == Consistency::Off {
-        return Err(Status::invalid_argument(
-            "\"off\" is what a VM that is off gives, no minimum: choose application, file-system, saved-state or crash",
-        ));
-    }
-    Ok(policy)
-}
-
-/// A replica is given work only when somebody says that it is meant: it is a copy, crash-consistent at best, and its points
-/// are a history of their own.
-fn unmeant(state: &State, key: &VmKey, text: &str) -> Option<Status> {
-    let name = state.vms.get(key).map_or(text, |vm| vm.name.as_str());
-    if !is_placed(key) {
-        return unworkable(state, key);
-    }
-    (key.role == VmRole::Replica && !names::means_replica(text)).then(|| {
-        Status::failed_precondition(format!(
-            "VM {name:?} is known here only as the receiving side of a Hyper-V replication ({key}): protect the VM itself, by \
-             an agent on its primary host, or this copy, which is crash-consistent at best, as {:?}",
-            format!("{name}@replica")
-        ))
-    })
-}
-
-/// Why a VM cannot be backed up whatever happens next; silence of its host is for the job to wait out.
-fn unworkable(state: &State, key: &VmKey) -> Option<Status> {
-    let vm = state.vms.get(key)?;
-    let reason = if !is_placed(key) {
-        "is a test failover, which is thrown away after the test; back up the VM itself"
-    } else if vm.duplicate {
-        "is a duplicate of a VM in another realm; back that one up, or remove one of the two"
-    } else {
-        return None;
-    };
-    Some(Status::failed_precondition(format!("VM {} ({key}) {reason}", vm.name)))
-}
-
-fn no_host(point: &Point) -> Status {
-    status(
-        &error_code::UNKNOWN_HOST,
-        format!("no host is known for VM {} any more; name one with --to-host", point.vm_name),
-    )
-}
-
-fn unknown_job(id: &JobId) -> Status {
-    status(
-        &error_code::UNKNOWN_JOB,
-        format!("no job {id} is known; list the jobs with `outrider job list`"),
-    )
-}
-
-fn named(error: NameError) -> Status {
-    let code: &ErrorCode = match &error {
-        NameError::UnknownVm(_) => &error_code::UNKNOWN_VM,
-        NameError::Ambiguous { .. } => &error_code::AMBIGUOUS_NAME,
-        NameError::UnknownGroup(_) => &error_code::UNKNOWN_GROUP,
-        NameError::UnknownPoint(_) | NameError::NoPoints(_) => &error_code::UNKNOWN_POINT,
-        NameError::UnknownHost(_) => &error_code::UNKNOWN_HOST,
-        NameError::Bad { .. } => &error_code::BAD_NAME,
-    };
-    status(code, error.to_string())
 }

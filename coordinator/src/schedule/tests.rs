@@ -9,7 +9,7 @@ use crate::state::tests::World;
 use crate::state::{Change, Command};
 
 fn live(hosts: &[&str]) -> Live {
-    Live { attached: hosts.iter().map(|h| ((*h).to_owned(), 1)).collect() }
+    Live { attached: hosts.iter().map(|h| ((*h).to_owned(), 1)).collect(), ..Live::default() }
 }
 
 fn all() -> Live {
@@ -199,9 +199,9 @@ fn open_duties_bring_cleanups_that_back_off_until_the_host_is_clean() {
     let crate::state::Outcome::Duty(duty) = w.duty(job, epoch, "cp") else { panic!("no duty") };
     let limits = Limits { back_off_ms: 1_000, back_off_max_ms: 3_000, ..Limits::default() };
     let cleanup = |w: &World, now: u64| {
-        decide(&w.state, &all(), &limits, now)
-            .iter()
-            .any(|d| matches!(d, Decision::Cleanup { vm } if *vm == crate::state::tests::key(1)))
+        decide(&w.state, &all(), &limits, now).iter().any(
+            |d| matches!(d, Decision::Cleanup { vm, .. } if *vm == crate::state::tests::key(1)),
+        )
     };
     assert!(!cleanup(&w, w.now), "the job itself still works on it");
     w.commit(job, epoch);
@@ -221,6 +221,25 @@ fn open_duties_bring_cleanups_that_back_off_until_the_host_is_clean() {
     w.finish(job, epoch, true, None);
     assert!(!cleanup(&w, u64::MAX));
     assert!(w.state.cleanups.is_empty());
+}
+
+#[test]
+fn what_a_host_that_leaves_shows_of_ours_is_cleaned_up_once_for_each_look() {
+    let mut w = World::new();
+    let vm = w.vm(1, "hv1");
+    let cleanups = |w: &World, seen: u64| {
+        let live = Live { litter: [(vm.clone(), seen)].into(), ..all() };
+        let decisions = decide(&w.state, &live, &Limits::default(), w.now);
+        decisions.iter().filter(|d| matches!(d, Decision::Cleanup { .. })).count()
+    };
+    let seen = w.now;
+    assert_eq!(cleanups(&w, seen), 1);
+    let job = w.create(&vm, Work::Cleanup { why: String::new() }).expect("created");
+    assert_eq!(cleanups(&w, seen), 0, "one is on its way");
+    let crate::state::Outcome::Leased(epoch) = w.lease(job, "hv1") else { panic!("no lease") };
+    w.finish(job, epoch, true, None);
+    assert_eq!(cleanups(&w, seen), 0, "what was seen before may be gone");
+    assert_eq!(cleanups(&w, w.now), 1, "it is there still");
 }
 
 #[test]

@@ -19,6 +19,7 @@ use super::jobs::{NewJob, Report};
 use super::layout::NewLayout;
 use super::points::Proposal;
 use super::vms::Sighting;
+use crate::traces::Lasting;
 
 /// A change and the leader's time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -68,6 +69,12 @@ pub(crate) enum Change {
     VmDuplicate { vm: VmKey, duplicate: bool },
     /// No host has it any more.
     VmGone { vm: VmKey },
+    /// Nobody that could know it knows it: what waits for it ends, and its duties rest until it comes back.
+    VmAbsent { vm: VmKey },
+    /// What a look at a host showed that should not last.
+    Lasting { host: String, vms: Vec<(VmKey, Lasting)> },
+    /// An operator looked after what a deleted VM left: its resting duties end.
+    SettleVm { vm: VmKey },
     /// Its realm shows it in another role now.
     RoleLeft { vm: VmKey },
     /// Its host crashed although it has moved by now.

@@ -8,7 +8,7 @@ use outrider_process::identity::Role;
 use outrider_proto::ids::{DutyId, JobId, VmKey};
 use serde::{Deserialize, Serialize};
 
-use super::duties::{Duty, DutyState};
+use super::duties::Duty;
 use super::enrolment::member_key;
 use super::jobs::{Job, Stage, Work};
 use super::{Outcome, Refusal, State};
@@ -113,6 +113,15 @@ impl State {
         self.hosts.get(host).is_some_and(|h| h.leaving.is_some())
     }
 
+    /// Whether a job of the VM ended since then: what was seen before it may be gone.
+    pub(crate) fn worked_on_since(&self, vm: &VmKey, at_ms: u64) -> bool {
+        let ended = |job: &Job| match job.stage {
+            Stage::Ended { at_ms, .. } => Some(at_ms),
+            _ => None,
+        };
+        self.jobs.iter().filter(|job| job.vm == *vm).filter_map(ended).any(|end| end > at_ms)
+    }
+
     /// Whether the certificate of this key is refused, and why.
     pub(crate) fn revoked(&self, key: &str) -> Option<&Revoked> {
         self.enrolment.revoked.get(key)
@@ -154,17 +163,7 @@ impl State {
             vm.clone(),
             format!("its reference point was removed when host {host} left the fabric"),
         );
-        let duty = Duty {
-            id: duty,
-            vm: vm.clone(),
-            job: base.job,
-            attempt: 0,
-            state: DutyState::Converted,
-            checkpoint_name: String::new(),
-            checkpoint: String::new(),
-            reference_point: base.binding.reference_point,
-            converting: None,
-        };
+        let duty = Duty::to_remove_base(duty, vm, base);
         self.duties.insert(duty.id, duty);
         if let Some(leaving) = self.hosts.get_mut(&host).and_then(|h| h.leaving.as_mut()) {
             leaving.voided = leaving.voided.saturating_add(1);
@@ -202,6 +201,7 @@ impl State {
             vm.host = None;
             vm.gone_since_ms.get_or_insert(now);
         }
+        self.lasting.retain(|_, lasting| lasting.host != host);
         let attached = self.hosts.remove(host).map(|h| h.key).unwrap_or_default();
         let joined = self.enrolment.members.remove(&member).map(|m| m.key).unwrap_or_default();
         for key in [attached, joined].into_iter().filter(|key| !key.is_empty()) {

@@ -1,9 +1,13 @@
 //! Duties: the promise to leave a host clean. Recorded before the checkpoint exists, carried by every later lease of
 //! the VM, gone only when the holder said DONE.
+//!
+//! A duty of a VM that is proven to be nowhere *rests*: there is no host that could fulfil it. It is told to operators, and is
+//! open again as soon as the VM is placed somewhere.
 
 use outrider_proto::ids::{DutyId, JobId, LeaseEpoch, VmKey};
 use serde::{Deserialize, Serialize};
 
+use super::bindings::Base;
 use super::{Outcome, Refusal, State};
 
 /// An open duty.
@@ -20,6 +24,32 @@ pub(crate) struct Duty {
     /// Reference points that the VM had when the conversion of the checkpoint was about to begin.
     #[serde(default)]
     pub(crate) converting: Option<Vec<String>>,
+    /// Since when its VM is nowhere, by all that could know it, Unix milliseconds; none: it is open.
+    #[serde(default)]
+    pub(crate) resting_since_ms: Option<u64>,
+}
+
+impl Duty {
+    /// What is left to do when a base is given up: its reference point is to go.
+    pub(super) fn to_remove_base(id: DutyId, vm: &VmKey, base: Base) -> Self {
+        Self {
+            id,
+            vm: vm.clone(),
+            job: base.job,
+            attempt: 0,
+            state: DutyState::Converted,
+            checkpoint_name: String::new(),
+            checkpoint: String::new(),
+            reference_point: base.binding.reference_point,
+            converting: None,
+            resting_since_ms: None,
+        }
+    }
+
+    /// Whether somebody has to fulfil it.
+    pub(crate) fn is_open(&self) -> bool {
+        self.resting_since_ms.is_none()
+    }
 }
 
 /// How far it is.
@@ -64,7 +94,12 @@ pub(crate) struct Cleanups {
 impl State {
     /// Open duties of a VM.
     pub(crate) fn open_duties<'a>(&'a self, vm: &'a VmKey) -> impl Iterator<Item = &'a Duty> {
-        self.duties.values().filter(move |duty| duty.vm == *vm)
+        self.duties.values().filter(move |duty| duty.vm == *vm && duty.is_open())
+    }
+
+    /// Duties of VMs that are nowhere.
+    pub(crate) fn resting_duties(&self) -> impl Iterator<Item = &Duty> {
+        self.duties.values().filter(|duty| !duty.is_open())
     }
 
     pub(super) fn has_open_duties(&self, vm: &VmKey) -> bool {
@@ -94,6 +129,7 @@ impl State {
             checkpoint: String::new(),
             reference_point: String::new(),
             converting: None,
+            resting_since_ms: None,
         };
         self.duties.insert(new.id, duty);
         Outcome::Duty(new.id)

@@ -33,6 +33,7 @@ enum Act {
     Finish(usize, u64, bool, bool),
     StorageRestart(u64),
     Gone(u8),
+    Absent(u8),
 }
 
 fn act() -> impl Strategy<Value = Act> {
@@ -55,7 +56,8 @@ fn act() -> impl Strategy<Value = Act> {
         2 => (job, back, any::<bool>(), any::<bool>())
             .prop_map(|(j, b, c, r)| Act::Finish(j, b, c, r)),
         1 => (1u64..5).prop_map(Act::StorageRestart),
-        1 => vm.prop_map(Act::Gone),
+        1 => vm.clone().prop_map(Act::Gone),
+        1 => vm.prop_map(Act::Absent),
     ]
 }
 
@@ -92,6 +94,14 @@ fn check(before: &Seen, state: &State, done: Option<DutyId>, committing: Option<
     for duty in &before.duties {
         let gone = !state.duties.contains_key(duty);
         assert!(!gone || done == Some(*duty), "a duty disappeared without DONE");
+    }
+    for duty in state.duties.values().filter(|duty| !duty.is_open()) {
+        let vm = &state.vms[&duty.vm];
+        assert!(vm.gone_since_ms.is_some(), "a duty rests while its VM is there");
+        assert!(
+            !state.bases.contains_key(&duty.vm),
+            "a base outlived the proof that its VM is gone"
+        );
     }
     let fresh: Vec<_> = state
         .jobs
@@ -237,6 +247,7 @@ fn play(acts: Vec<Act>) {
                 w.storage("s1", restarts);
             }
             Act::Gone(vm) => drop(w.apply(Change::VmGone { vm: key(vm) })),
+            Act::Absent(vm) => drop(w.apply(Change::VmAbsent { vm: key(vm) })),
         }
         check(&before, &w.state, done, committing.as_ref());
     }

@@ -1,5 +1,6 @@
 //! The rules of the state, one by one; the world that they are tried in.
 
+mod absence;
 mod bindings;
 mod commits;
 mod duties;

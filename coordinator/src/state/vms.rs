@@ -103,6 +103,10 @@ impl State {
         };
         vm.gone_since_ms = None;
         vm.duplicate = false;
+        // What it was owed when it was last seen, it is owed again.
+        for duty in self.duties.values_mut().filter(|duty| duty.vm == *key) {
+            duty.resting_since_ms = None;
+        }
         if vm.host.as_deref() == Some(host) {
             return Outcome::Done;
         }

@@ -1,11 +1,13 @@
-//! What should not last: checkpoints of backups that grow old, merges that do not end, chains that grow. From one survey of a
-//! host to the next; the first survey after a change of leader begins anew. Pure.
+//! What should not last: checkpoints of backups that grow old, merges that do not end, chains that grow. Each look at a host is compared
+//! with what the state says of the looks before, so that a new leader goes on counting. Pure.
 
 use std::collections::BTreeMap;
 
 use outrider_proto::ids::VmKey;
 
-use super::{Kind, VmTraces, unexplained_chain};
+use super::lasting::{Lasting, children, looked_at};
+use super::{Kind, Known, Owner, VmTraces, orphans};
+use crate::state::State;
 
 /// What is bearable, milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,56 +18,45 @@ pub(crate) struct Bounds {
     pub(crate) merge_ms: u64,
 }
 
-/// What surveys showed of one VM.
-#[derive(Debug, Clone, Default)]
+/// The last look at one VM.
+#[derive(Debug, Clone)]
 struct Seen {
     host: String,
-    found: Option<VmTraces>,
-    /// Checkpoints of backups and when each was seen first, or was made.
-    checkpoints: BTreeMap<String, u64>,
-    merging_since: Option<u64>,
-    unexplained_since: Option<u64>,
-    /// Longest chain, and how long it was when it began to be more than checkpoints explain.
-    children: usize,
-    began_with: usize,
+    at_ms: u64,
+    found: VmTraces,
 }
 
-/// Memory of surveys.
+/// The last look at each host.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
     vms: BTreeMap<VmKey, Seen>,
 }
 
 impl Watch {
-    /// Takes a survey of a host in.
-    pub(crate) fn surveyed(&mut self, host: &str, found: Vec<VmTraces>, now_ms: u64) {
+    /// Takes a survey of a host in. What lasts there, when that is not what the state says already.
+    pub(crate) fn surveyed(
+        &mut self,
+        host: &str,
+        found: Vec<VmTraces>,
+        state: &State,
+        now_ms: u64,
+    ) -> Option<Vec<(VmKey, Lasting)>> {
+        let lasting: BTreeMap<VmKey, Lasting> = found
+            .iter()
+            .filter_map(|vm| {
+                let lasting = looked_at(host, vm, state.lasting.get(&vm.vm), now_ms)?;
+                Some((vm.vm.clone(), lasting))
+            })
+            .collect();
         // What the host shows no more is clean, or gone elsewhere with its VM.
-        self.vms.retain(|key, seen| seen.host != host || found.iter().any(|vm| vm.vm == *key));
-        for vm in found {
-            let seen = self.vms.entry(vm.vm.clone()).or_default();
-            host.clone_into(&mut seen.host);
-            let before = std::mem::take(&mut seen.checkpoints);
-            seen.checkpoints = vm
-                .checkpoints
-                .iter()
-                .filter(|c| c.kind == Kind::Recovery)
-                .map(|c| {
-                    let first = before.get(&c.id).copied().unwrap_or(now_ms);
-                    let made = if c.created_ms == 0 { first } else { c.created_ms };
-                    (c.id.clone(), made)
-                })
-                .collect();
-            seen.merging_since = vm.merging.then(|| seen.merging_since.unwrap_or(now_ms));
-            let longest = vm.chains.iter().map(super::Chain::children).max().unwrap_or(0);
-            let unexplained = vm.chains.iter().any(|c| unexplained_chain(&vm, c).is_some())
-                || (vm.merging && longest > vm.checkpoints.len());
-            if unexplained && seen.unexplained_since.is_none() {
-                seen.began_with = longest;
-            }
-            seen.unexplained_since = unexplained.then(|| seen.unexplained_since.unwrap_or(now_ms));
-            seen.children = longest;
-            seen.found = Some(vm);
+        self.vms.retain(|_, seen| seen.host != host);
+        for found in found {
+            let seen = Seen { host: host.to_owned(), at_ms: now_ms, found };
+            self.vms.insert(seen.found.vm.clone(), seen);
         }
+        let known = state.lasting.iter().filter(|(_, lasting)| lasting.host == host);
+        let same = known.eq(lasting.iter());
+        (!same).then(|| lasting.into_iter().collect())
     }
 
     /// A host that is not of the fabric any more.
@@ -73,51 +64,64 @@ impl Watch {
         self.vms.retain(|_, seen| seen.host != host);
     }
 
+    /// VMs on hosts that leave which showed something of ours that no duty and no base explains, and when they did.
+    pub(crate) fn litter(&self, state: &State) -> BTreeMap<VmKey, u64> {
+        let leaving = self.vms.iter().filter(|(_, seen)| state.is_leaving(&seen.host));
+        let littered = leaving.filter(|(vm, seen)| {
+            let (unexplained, _) = orphans(&seen.found, &Known::of(state, vm));
+            unexplained.iter().any(|orphan| orphan.owner == Owner::Ours)
+        });
+        littered.map(|(vm, seen)| (vm.clone(), seen.at_ms)).collect()
+    }
+
     /// Sentences for whoever has to act, each with the chain.
-    pub(crate) fn alarms(&self, bounds: &Bounds, now_ms: u64) -> Vec<String> {
+    pub(crate) fn alarms(&self, state: &State, bounds: &Bounds, now_ms: u64) -> Vec<String> {
+        let nothing = Lasting::default();
         let mut alarms = Vec::new();
-        for seen in self.vms.values() {
-            let Some(found) = &seen.found else { continue };
+        for Seen { host, found, .. } in self.vms.values() {
+            let lasting = state.lasting.get(&found.vm).unwrap_or(&nothing);
             // Told only with an alarm: the leader counts alarms at every look.
-            let of = || format!("VM {:?} ({}) on {}", found.name, found.vm, seen.host);
+            let of = || format!("VM {:?} ({}) on {host}", found.name, found.vm);
             let chain = || longest(found);
-            for (id, since) in &seen.checkpoints {
-                let age = now_ms.saturating_sub(*since);
+            for checkpoint in found.checkpoints.iter().filter(|c| c.kind == Kind::Recovery) {
+                let made = match checkpoint.created_ms {
+                    0 => lasting.undated_ms.get(&checkpoint.id).copied().unwrap_or(now_ms),
+                    told => told,
+                };
+                let age = now_ms.saturating_sub(made);
                 if age > bounds.checkpoint_ms {
-                    let name = found.checkpoints.iter().find(|c| c.id == *id).map(|c| &c.name);
+                    let name = Some(&checkpoint.name).filter(|n| !n.is_empty());
                     alarms.push(format!(
                         "{} has had the backup checkpoint {:?} for {}; `outrider host orphans` says whose it is{}",
                         of(),
-                        name.filter(|n| !n.is_empty()).unwrap_or(id),
+                        name.unwrap_or(&checkpoint.id),
                         time(age),
                         chain()
                     ));
                 }
             }
-            if let Some(since) = seen.merging_since
-                && now_ms.saturating_sub(since) > bounds.merge_ms
-            {
-                let age = time(now_ms.saturating_sub(since));
+            let too_long = |since: Option<u64>| {
+                since.map(|since| now_ms.saturating_sub(since)).filter(|age| *age > bounds.merge_ms)
+            };
+            let (now, before) = (children(found), lasting.began_with);
+            if let Some(age) = too_long(lasting.merging_ms) {
                 alarms.push(format!(
-                    "{} has been merging for {age}; look at the load and free space of its volume{}",
+                    "{} has been merging for {}; look at the load and free space of its volume{}",
+                    of(),
+                    time(age),
+                    chain()
+                ));
+            } else if lasting.unexplained_ms.is_some() && now > before {
+                alarms.push(format!(
+                    "the chain of {} grows: {now} child files, {before} before; stop what makes checkpoints there{}",
                     of(),
                     chain()
                 ));
-            } else if seen.unexplained_since.is_some() && seen.children > seen.began_with {
+            } else if let Some(age) = too_long(lasting.unexplained_ms) {
                 alarms.push(format!(
-                    "the chain of {} grows: {} child files, {} before; stop what makes checkpoints there{}",
+                    "{} has been writing to child files that no checkpoint explains for {}; see `outrider host orphans`{}",
                     of(),
-                    seen.children,
-                    seen.began_with,
-                    chain()
-                ));
-            } else if let Some(since) = seen.unexplained_since
-                && now_ms.saturating_sub(since) > bounds.merge_ms
-            {
-                let age = time(now_ms.saturating_sub(since));
-                alarms.push(format!(
-                    "{} has been writing to child files that no checkpoint explains for {age}; see `outrider host orphans`{}",
-                    of(),
+                    time(age),
                     chain()
                 ));
             }
@@ -144,6 +148,7 @@ mod tests {
     use super::super::tests::found;
     use super::super::{Chain, Checkpoint};
     use super::*;
+    use crate::state::{Change, Command};
 
     const HOUR: u64 = 3_600_000;
     const BOUNDS: Bounds = Bounds { checkpoint_ms: 24 * HOUR, merge_ms: 4 * HOUR };
@@ -167,15 +172,43 @@ mod tests {
         }
     }
 
-    /// Surveys of one VM, each with its hour, then what alarms there are an hour after the last one.
-    fn after(surveys: Vec<(u64, VmTraces)>) -> Vec<String> {
-        let mut watch = Watch::default();
+    /// A leader and what is replicated.
+    #[derive(Default)]
+    struct Led {
+        watch: Watch,
+        state: State,
+        /// How often something was replicated.
+        changes: u32,
+    }
+
+    impl Led {
+        fn surveyed(&mut self, host: &str, found: Vec<VmTraces>, hour: u64) {
+            let at_ms = hour * HOUR;
+            if let Some(vms) = self.watch.surveyed(host, found, &self.state, at_ms) {
+                let change = Change::Lasting { host: host.into(), vms };
+                self.state.apply(Command { at_ms, change });
+                self.changes += 1;
+            }
+        }
+
+        fn alarms(&self, hour: u64) -> Vec<String> {
+            self.watch.alarms(&self.state, &BOUNDS, hour * HOUR)
+        }
+    }
+
+    /// Surveys of one VM, each with its hour, then what alarms there are an hour after the last one. With `elections`, each is
+    /// heard by another leader.
+    fn after(surveys: &[(u64, VmTraces)], elections: bool) -> Vec<String> {
+        let mut led = Led::default();
         let mut last = 0;
         for (hour, found) in surveys {
-            last = hour;
-            watch.surveyed("alpha", vec![found], hour * HOUR);
+            last = *hour;
+            if elections {
+                led.watch = Watch::default();
+            }
+            led.surveyed("alpha", vec![found.clone()], *hour);
         }
-        watch.alarms(&BOUNDS, (last + 1) * HOUR)
+        led.alarms(last + 1)
     }
 
     #[test]
@@ -222,8 +255,10 @@ mod tests {
                 &["grows", "3 child files"],
             ),
         ];
-        for (what, surveys, words) in table {
-            let alarms = after(surveys);
+        let both = table.iter().flat_map(|case| [(case, false), (case, true)]);
+        for ((what, surveys, words), elections) in both {
+            let alarms = after(surveys, elections);
+            let what = format!("{what}, elections: {elections}");
             if words.is_empty() {
                 assert_eq!(alarms, Vec::<String>::new(), "{what}");
             } else {
@@ -237,14 +272,32 @@ mod tests {
 
     #[test]
     fn a_vm_that_shows_nothing_any_more_is_forgotten_and_so_is_a_host() {
-        let mut watch = Watch::default();
-        watch.surveyed("alpha", vec![vm(2, &[], false)], 0);
-        watch.surveyed("beta", vec![], 0);
-        assert_eq!(watch.alarms(&BOUNDS, 9 * HOUR).len(), 1);
-        watch.surveyed("alpha", vec![], HOUR);
-        assert_eq!(watch.alarms(&BOUNDS, 9 * HOUR), Vec::<String>::new());
-        watch.surveyed("alpha", vec![vm(2, &[], false)], HOUR);
-        watch.forget("alpha");
-        assert_eq!(watch.alarms(&BOUNDS, 9 * HOUR), Vec::<String>::new());
+        let mut led = Led::default();
+        led.surveyed("alpha", vec![vm(2, &[], false)], 0);
+        led.surveyed("beta", vec![], 0);
+        assert_eq!(led.alarms(9).len(), 1);
+        led.surveyed("alpha", vec![], 1);
+        assert_eq!(led.alarms(9), Vec::<String>::new());
+        assert!(led.state.lasting.is_empty());
+        led.surveyed("alpha", vec![vm(2, &[], false)], 1);
+        led.watch.forget("alpha");
+        assert_eq!(led.alarms(9), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_lasts_is_replicated_once_and_goes_with_a_vm_that_moves() {
+        let mut led = Led::default();
+        for hour in 0..5 {
+            led.surveyed("alpha", vec![vm(1, &[], true)], hour);
+        }
+        assert_eq!(led.changes, 1, "the same look again tells nothing new");
+        led.surveyed("beta", vec![vm(1, &[], true)], 5);
+        led.surveyed("alpha", vec![], 6);
+        assert_eq!(led.state.lasting.values().map(|l| l.merging_ms).collect::<Vec<_>>(), [Some(0)]);
+        let alarms = led.alarms(7);
+        assert!(alarms.len() == 1 && alarms[0].contains("7h") && alarms[0].contains("beta"));
+        // Nothing but what a host does not tell: checkpoints have their own times.
+        led.surveyed("beta", vec![vm(1, &[("a", 5 * HOUR)], false)], 8);
+        assert!(led.state.lasting.is_empty());
     }
 }

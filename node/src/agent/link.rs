@@ -185,7 +185,7 @@ async fn attach(
                     jobs.ended(&ended.job_id, ended.lease_epoch, &ended.reason, cancelled);
                 }
                 Some(agent_down::What::Layout(layout)) => accept_layout(agent, Some(&layout)),
-                Some(agent_down::What::Survey(request)) => surveys.asked(request.number),
+                Some(agent_down::What::Survey(request)) => surveys.asked(request),
                 Some(agent_down::What::OldHostClosed(closed)) => {
                     jobs.predecessor_closed(&closed.job_id, closed.lease_epoch);
                 }

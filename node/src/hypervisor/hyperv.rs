@@ -35,6 +35,7 @@ mod networks;
 mod offline;
 mod reference_point;
 mod replace;
+mod search;
 mod snapshot;
 mod traces;
 mod user_checkpoints;
@@ -55,9 +56,9 @@ use outrider_wmi::files::HostFiles;
 use tokio::sync::mpsc;
 
 use super::{
-    BootCheck, Booting, Change, Checkpoint, CheckpointRequest, Defined, FrozenDisk, HostFacts,
-    Hypervisor, HypervisorError, Inventory, NewVm, ReferencePoint, SetAside, UserCheckpoints,
-    VmState,
+    BootCheck, Booting, Change, Checkpoint, CheckpointRequest, Defined, Found, FrozenDisk,
+    HostFacts, Hypervisor, HypervisorError, Inventory, NewVm, ReferencePoint, SetAside,
+    UserCheckpoints, VmState,
 };
 use crate::config::JobTimes;
 use crate::lease::Lease;
@@ -118,6 +119,10 @@ impl Hypervisor for HyperV {
 
     async fn watch(&self) -> Result<mpsc::Receiver<Change>, HypervisorError> {
         watch::start(self.clone()).await
+    }
+
+    async fn search(&self, vms: &[VmGuid]) -> Result<Option<Found>, HypervisorError> {
+        self.found_of(vms).await
     }
 
     async fn traces(&self) -> Result<Vec<super::traces::VmTraces>, HypervisorError> {

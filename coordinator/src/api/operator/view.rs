@@ -304,7 +304,7 @@ pub(super) fn status(leader: &Leader, stale: bool) -> rpc::StatusReply {
             vms_protected: count(protected),
             jobs_running: count(state.jobs.unfinished().filter(|j| j.lease().is_some()).count()),
             points: state.points.len() as u64,
-            open_duties: count(state.duties.len()),
+            open_duties: count(state.duties.values().filter(|duty| duty.is_open()).count()),
             alarms: if stale {
                 Vec::new()
             } else {
@@ -342,6 +342,7 @@ fn alarms(state: &State, live: &Live, storage: &[rpc::StorageNodeStatus]) -> Vec
             tries.failed
         ));
     }
+    alarms.extend(state.left_by_deleted().into_iter().map(|left| left.alarm()));
     alarms
 }
 

@@ -1,6 +1,6 @@
 use outrider_proto::ids::{DutyId, LeaseEpoch};
 
-use super::super::duties::DutyStep;
+use super::super::duties::{DutyState, DutyStep};
 use super::super::enrolment::{Enrol, NewToken};
 use super::super::jobs::Report;
 use super::super::tests::World;

@@ -59,6 +59,10 @@ pub(super) struct ClusterView {
     /// Whether this host is part of the cluster now. One that is cut off may read what is long over, and calls others dead
     /// that live: only the cluster's view decides (facts, section 4.3).
     pub(super) speaks: bool,
+    /// All members, whatever their state.
+    pub(super) members: Vec<String>,
+    /// VMs of the cluster that did not tell which they are.
+    pub(super) nameless: usize,
 }
 
 impl ClusterView {
@@ -118,8 +122,11 @@ impl HyperV {
         let this = self.this_host().await;
         let own =
             nodes.iter().find(|n| n.str("Name").is_some_and(|n| n.eq_ignore_ascii_case(&this)));
+        let owners: Vec<_> = resources.iter().filter_map(owner_of).collect();
         Ok(ClusterView {
-            owners: resources.iter().filter_map(owner_of).collect(),
+            members: nodes.iter().filter_map(|n| n.str("Name")).map(str::to_owned).collect(),
+            nameless: resources.len().saturating_sub(owners.len()),
+            owners: owners.into_iter().collect(),
             hosts: nodes.iter().filter_map(node_state).collect(),
             speaks: speaks(own),
             this,

@@ -176,8 +176,8 @@ impl HyperV {
             Ok(()) => {}
             Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
             Err(e) => {
-                of_it =
-                    vec![format!("its adapters and images could not be fitted to this host: {e}")]
+                let what = format!("its adapters and images could not be fitted to this host: {e}");
+                of_it = vec![what];
             }
         }
         let name = &restored.name;

@@ -172,6 +172,7 @@ mod tests {
             hosts: hosts.iter().map(|(host, up)| ((*host).to_owned(), *up)).collect(),
             this: "HV1".into(),
             speaks: true,
+            ..ClusterView::default()
         }
     }
 
