@@ -171,8 +171,10 @@ async fn finish_duty(
         }
         _ => {}
     }
-    // The base stays what it was: the next run decides by the base rule.
-    if let Some(before) = &before {
+    // The base stays what it was: the next run decides by the base rule. While the checkpoint is there no conversion has
+    // happened, and one that was reported has told its reference point: then a new one is somebody else's.
+    let told = checkpoint.is_some() || !duty.reference_point_id.is_empty();
+    if let Some(before) = before.as_ref().filter(|_| !told) {
         remove_unknown(context, vm, before, &points, bound.as_deref()).await?;
     }
     Ok(())
