@@ -14,6 +14,7 @@
 //! | put named | `PutNamed` | `Named` |
 //! | list named | `ListNamed` | `NamedRecord`... then `End` |
 //! | list PG (storage nodes only) | `ListPg` | `PgIds`... then `End` |
+//! | list names (storage nodes only, from version 2) | `ListNames` | `Names` |
 //! | any | | `Refused` instead of the answer |
 
 mod coding;
@@ -26,12 +27,16 @@ use crate::wire::DecodeError;
 
 /// ALPN protocol id.
 pub const ALPN: &[u8] = b"outrider-chunk/1";
-/// Protocol version spoken by this release.
-pub const PROTOCOL_VERSION: u16 = 1;
+/// Protocol version spoken by this release. 2 has [`Frame::ListNames`] and [`Frame::Names`].
+pub const PROTOCOL_VERSION: u16 = 2;
+/// Oldest version that this release understands.
+pub const OLDEST_VERSION: u16 = 1;
 /// Largest frame: the largest record with its prefix, rounded up. Checked before anything is allocated.
 pub const MAX_FRAME_LEN: usize = HEADER_LEN + MAX_PAYLOAD + 1024;
 /// Most ids in one `Have`, `Get` or `PgIds`: 1 MiB of ids.
 pub const MAX_IDS: usize = 32_768;
+/// Most names in one `Names`: some 600 KiB of the longest keys.
+pub const MAX_NAMES: usize = 8192;
 /// Longest key of a named record.
 pub const MAX_KEY_LEN: usize = 64;
 
@@ -45,6 +50,13 @@ pub mod close {
     pub const DENIED: u32 = 2;
     /// The node is shutting down: use another replica.
     pub const GOING_AWAY: u32 = 3;
+}
+
+/// The version that both sides of a session speak: the highest one that neither has left behind. `None`: there is none.
+#[must_use]
+pub const fn common_version(version: u16, oldest: u16) -> Option<u16> {
+    let common = if version < PROTOCOL_VERSION { version } else { PROTOCOL_VERSION };
+    if common >= oldest && common >= OLDEST_VERSION { Some(common) } else { None }
 }
 
 /// Where named records live.
@@ -253,6 +265,18 @@ pub enum Frame {
         /// Ids.
         ids: Vec<ChunkId>,
     },
+    /// Storage nodes only, from version 2: the names of a space, from `after` (exclusive) in key order.
+    ListNames {
+        /// Space.
+        space: Space,
+        /// Where to go on; empty to start.
+        after: Vec<u8>,
+    },
+    /// Some names of a space, without their records; none: the end of the space.
+    Names {
+        /// Keys in order, each with the fence it was written under. At most [`MAX_NAMES`].
+        names: Vec<(Vec<u8>, u64)>,
+    },
     /// The request was refused.
     Refused {
         /// Class.
@@ -307,6 +331,8 @@ impl Frame {
             Self::ListPg { .. } => "ListPg",
             Self::PgIds { .. } => "PgIds",
             Self::HaveLocal { .. } => "HaveLocal",
+            Self::ListNames { .. } => "ListNames",
+            Self::Names { .. } => "Names",
             Self::Refused { .. } => "Refused",
         }
     }

@@ -155,26 +155,55 @@ impl CatchUp {
         Ok(())
     }
 
-    /// Compares all named records, one at a time as they arrive.
+    /// Compares all names page by page, and fetches one record after the other.
     async fn named(&self, session: &dyn ChunkSession, layout: &Layout) -> Result<(), CatchUpError> {
         for space in [Space::Root, Space::Journal, Space::State] {
-            let mut records = session.stream_named(space, Vec::new());
-            while let Some(named) = records.try_next().await? {
-                let known = self.store.find_named(space, &named.key)?;
-                let newer = known.is_some_and(|k| k.fence >= named.fence);
-                if newer || named.record.verify().is_err() {
-                    continue;
-                }
-                let bytes = named.record.bytes().len() as u64;
-                let name = Name { space: space as u8, key: named.key, fence: named.fence };
-                let provenance = self.provenance(layout, PgId(0));
-                match self.store.put_named(name, provenance, named.record).await {
-                    // A newer entry of the same job is here already: the old one is of no use.
-                    Ok(()) | Err(StoreError::Fenced { .. }) => {}
-                    Err(error) => return Err(error.into()),
-                }
-                self.pace(bytes).await;
+            if session.opened().version < 2 {
+                // An older node has no list of names alone.
+                self.take_named(session, layout, space, Vec::new()).await?;
+                continue;
             }
+            let mut after = Vec::new();
+            loop {
+                let names = session.list_names(space, after).await?;
+                let Some((last, _)) = names.last() else { break };
+                after = last.clone();
+                for (key, fence) in names {
+                    if self.lacks(space, &key, fence)? {
+                        self.take_named(session, layout, space, key).await?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn lacks(&self, space: Space, key: &[u8], fence: u64) -> Result<bool, StoreError> {
+        Ok(self.store.find_named(space, key)?.is_none_or(|known| known.fence < fence))
+    }
+
+    /// Takes the named records of a prefix that are missing or older here, each as it arrives.
+    async fn take_named(
+        &self,
+        session: &dyn ChunkSession,
+        layout: &Layout,
+        space: Space,
+        prefix: Vec<u8>,
+    ) -> Result<(), CatchUpError> {
+        let mut records = session.stream_named(space, prefix);
+        while let Some(named) = records.try_next().await? {
+            if !self.lacks(space, &named.key, named.fence)? || named.record.verify().is_err() {
+                continue;
+            }
+            let bytes = named.record.bytes().len() as u64;
+            let name = Name { space: space as u8, key: named.key, fence: named.fence };
+            let provenance = self.provenance(layout, PgId(0));
+            match self.store.put_named(name, provenance, named.record).await {
+                // A newer entry of the same job is here already: the old one is of no use.
+                Ok(()) | Err(StoreError::Fenced { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+            self.pace(bytes).await;
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! Where each named record is, and the fences. As the chunk index, a cache of the segments.
 
+use std::ops::Bound;
+
 use outrider_format::entry::Name;
 use outrider_format::segment::SegmentNumber;
 use outrider_proto::ids::ChunkId;
@@ -95,6 +97,28 @@ impl NamedTable {
             entries.push(decode(key[1..].to_vec(), &value)?);
         }
         Ok(entries)
+    }
+
+    /// Up to `limit` names of a space after `after`, in order.
+    ///
+    /// # Errors
+    /// [`IndexError`].
+    pub fn list_after(
+        &self,
+        space: u8,
+        after: &[u8],
+        limit: usize,
+    ) -> Result<Vec<NamedEntry>, IndexError> {
+        let from = Bound::Excluded([&[space], after].concat());
+        let range: sled::Iter =
+            self.names.range::<Vec<u8>, _>((from, Bound::Excluded(vec![space + 1])));
+        range
+            .take(limit)
+            .map(|item| {
+                let (key, value) = item?;
+                decode(key[1..].to_vec(), &value)
+            })
+            .collect()
     }
 
     /// Forgets a name if its bytes are at this place; gives whether they were. Its fence stays.

@@ -13,7 +13,9 @@ use outrider_process::clock::Clock;
 use outrider_process::identity::{Identity, Role, peer_of_connection};
 use outrider_process::tasks::{TaskGroup, TaskSpawner};
 use outrider_process::telemetry::set_parent;
-use outrider_proto::frame::{ALPN, Frame, PROTOCOL_VERSION, Refusal, close};
+use outrider_proto::frame::{
+    ALPN, Frame, OLDEST_VERSION, PROTOCOL_VERSION, Refusal, close, common_version,
+};
 use outrider_proto::ids::FabricId;
 use outrider_proto::layout::Layout;
 use outrider_storage_client::frame_io::{FrameIoError, FrameReader, finish_with, write_frame};
@@ -199,13 +201,13 @@ async fn open(
     let Frame::Hello { version, oldest, role } = recv.expect("Hello").await? else {
         return refuse(Refusal::Protocol, "a session begins with Hello");
     };
-    let ours = Frame::Hello { version: PROTOCOL_VERSION, oldest: PROTOCOL_VERSION, role: 2 };
+    let ours = Frame::Hello { version: PROTOCOL_VERSION, oldest: OLDEST_VERSION, role: 2 };
     write_frame(send, &ours).await?;
-    if !(oldest..=version).contains(&PROTOCOL_VERSION) {
+    if common_version(version, oldest).is_none() {
         return refuse(
             Refusal::Protocol,
             format!(
-                "this node speaks version {PROTOCOL_VERSION}, the client {oldest} to {version}: upgrade the older one"
+                "this node speaks versions {OLDEST_VERSION} to {PROTOCOL_VERSION}, the client {oldest} to {version}: upgrade the older one"
             ),
         );
     }
@@ -262,6 +264,9 @@ async fn answer(node: &Node, access: &Access, mut send: SendStream, mut recv: Fr
             }
             Frame::ListNamed { space, prefix } => {
                 named::list(node, access, space, &prefix, &mut send).await
+            }
+            Frame::ListNames { space, after } => {
+                named::list_names(node, access, space, &after, &mut send).await
             }
             other => refuse(Refusal::Protocol, format!("{} is no request", other.name())),
         }

@@ -312,6 +312,20 @@ impl Store {
         self.shared.named.list(space as u8, prefix).map_err(|e| self.shared.tables(&e))
     }
 
+    /// Up to `limit` names of a space after `after`, in key order, without their bytes.
+    ///
+    /// # Errors
+    /// [`StoreError::Tables`].
+    pub fn list_names(
+        &self,
+        space: Space,
+        after: &[u8],
+        limit: usize,
+    ) -> Result<Vec<NamedEntry>, StoreError> {
+        let listed = self.shared.named.list_after(space as u8, after, limit);
+        listed.map_err(|e| self.shared.tables(&e))
+    }
+
     /// The entry of a name.
     ///
     /// # Errors

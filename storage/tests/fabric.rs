@@ -238,6 +238,8 @@ async fn a_backup_ticket_cannot_read_data_nor_write_for_other_jobs() {
     );
     assert_eq!(link.have_local(ids).await.map_err(refusal), Err(Some(Refusal::Denied)));
     assert_eq!(link.list_pg(pg, ChunkId::HOLE).await.map_err(refusal), Err(Some(Refusal::Denied)));
+    let names = link.list_names(Space::Root, Vec::new()).await;
+    assert_eq!(names.map_err(refusal), Err(Some(Refusal::Denied)));
     cluster.shutdown().await;
 }
 

@@ -476,6 +476,28 @@ async fn a_rotten_named_record_is_taken_in_again_and_its_fence_stays() {
 }
 
 #[tokio::test]
+async fn names_are_listed_page_by_page_and_only_of_their_space() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = Store::open(dir.path(), config(IndexKind::Memory)).expect("opened");
+    let provenance = append(record(1)).provenance;
+    for (space, keys) in [(Space::Root, 1..=2u8), (Space::Journal, 3..=7), (Space::State, 8..=9)] {
+        for n in keys {
+            let name = Name { space: space as u8, key: vec![n; 20], fence: u64::from(n) };
+            store.put_named(name, provenance, journal()).await.expect("kept");
+        }
+    }
+    let mut pages = Vec::new();
+    let mut after = Vec::new();
+    loop {
+        let page = store.list_names(Space::Journal, &after, 2).expect("listed");
+        let Some(last) = page.last() else { break };
+        after = last.key.clone();
+        pages.push(page.iter().map(|name| (name.key[0], name.fence)).collect::<Vec<_>>());
+    }
+    assert_eq!(pages, [vec![(3, 3), (4, 4)], vec![(5, 5), (6, 6)], vec![(7, 7)]]);
+}
+
+#[tokio::test]
 async fn another_nodes_folder_is_refused() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = Store::open(dir.path(), config(IndexKind::Memory)).expect("opened");

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Frame, FrameError, MAX_IDS, MAX_KEY_LEN, Presence, Refusal, Space};
+use super::{Frame, FrameError, MAX_IDS, MAX_KEY_LEN, MAX_NAMES, Presence, Refusal, Space};
 use crate::ids::{ChunkId, FabricId, JobId, LayoutEpoch, NodeIncarnation, PgId, SessionId, Window};
 use crate::wire::{DecodeError, Put as _, Reader};
 
@@ -70,8 +70,7 @@ impl Frame {
             }
             Self::PutNamed { space, key, fence, record } => {
                 out.push(*space as u8);
-                out.push(key.len().min(MAX_KEY_LEN) as u8);
-                out.extend_from_slice(&key[..key.len().min(MAX_KEY_LEN)]);
+                put_key(&mut out, key);
                 out.put_u64(*fence);
                 tail = record.clone();
             }
@@ -81,8 +80,7 @@ impl Frame {
                 out.extend_from_slice(&prefix[..prefix.len().min(MAX_KEY_LEN)]);
             }
             Self::NamedRecord { key, fence, record } => {
-                out.push(key.len().min(MAX_KEY_LEN) as u8);
-                out.extend_from_slice(&key[..key.len().min(MAX_KEY_LEN)]);
+                put_key(&mut out, key);
                 out.put_u64(*fence);
                 tail = record.clone();
             }
@@ -90,6 +88,17 @@ impl Frame {
             Self::ListPg { pg, after } => {
                 out.put_u16(pg.0);
                 out.extend_from_slice(&after.0);
+            }
+            Self::ListNames { space, after } => {
+                out.push(*space as u8);
+                put_key(&mut out, after);
+            }
+            Self::Names { names } => {
+                out.put_u32(names.len() as u32);
+                for (key, fence) in names {
+                    put_key(&mut out, key);
+                    out.put_u64(*fence);
+                }
             }
             Self::Refused { refusal, message } => {
                 out.put_u16(*refusal as u16);
@@ -205,7 +214,19 @@ impl Frame {
             19 => Self::PgIds { ids: read_ids(&mut r)? },
             20 => Self::HaveLocal { ids: read_ids(&mut r)? },
             21 => Self::Refused { refusal: refusal(r.u16()?)?, message: r.text()? },
-            n => return Err(value("frame type", n, "1 to 21")),
+            22 => Self::ListNames { space: Space::try_from(r.u8()?)?, after: read_key(&mut r)? },
+            23 => {
+                // The shortest name: a key of no bytes.
+                let count = r.count(9)?;
+                if count > MAX_NAMES {
+                    return Err(value("name count", count, "at most 8192"));
+                }
+                let names = (0..count)
+                    .map(|_| Ok((read_key(&mut r)?, r.u64()?)))
+                    .collect::<Result<_, DecodeError>>()?;
+                Self::Names { names }
+            }
+            n => return Err(value("frame type", n, "1 to 23")),
         };
         r.finish()?;
         Ok(frame)
@@ -234,6 +255,8 @@ impl Frame {
             Self::PgIds { .. } => 19,
             Self::HaveLocal { .. } => 20,
             Self::Refused { .. } => 21,
+            Self::ListNames { .. } => 22,
+            Self::Names { .. } => 23,
         }
     }
 }
@@ -275,6 +298,12 @@ fn read_ids(r: &mut Reader<'_>) -> Result<Vec<ChunkId>, DecodeError> {
         return Err(value("id count", count, "at most 32768"));
     }
     (0..count).map(|_| Ok(ChunkId(r.array()?))).collect()
+}
+
+fn put_key(out: &mut Vec<u8>, key: &[u8]) {
+    let key = &key[..key.len().min(MAX_KEY_LEN)];
+    out.push(key.len() as u8);
+    out.extend_from_slice(key);
 }
 
 fn read_key(r: &mut Reader<'_>) -> Result<Vec<u8>, DecodeError> {

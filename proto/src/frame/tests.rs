@@ -44,6 +44,14 @@ fn samples() -> Vec<Frame> {
     ]
 }
 
+/// What version 2 added.
+fn samples_of_version_2() -> Vec<Frame> {
+    vec![
+        Frame::ListNames { space: Space::Root, after: vec![1; 16] },
+        Frame::Names { names: vec![(vec![2; 16], 3), (vec![4; 20], 5)] },
+    ]
+}
+
 fn wire(frame: &Frame) -> Vec<u8> {
     let (head, tail) = frame.encode();
     [head.as_ref(), tail.as_ref()].concat()
@@ -51,7 +59,7 @@ fn wire(frame: &Frame) -> Vec<u8> {
 
 #[test]
 fn every_frame_round_trips() {
-    for frame in samples() {
+    for frame in samples().into_iter().chain(samples_of_version_2()) {
         let bytes = wire(&frame);
         let len = u32::from_le_bytes(bytes[..4].try_into().expect("four bytes"));
         assert_eq!(len as usize, bytes.len() - 4, "{}", frame.name());
@@ -79,6 +87,29 @@ fn golden_frames_never_change() {
     crate::golden::compare("frames-v1.txt", &now);
 }
 
+#[test]
+fn golden_frames_of_version_2_never_change() {
+    let added: Vec<_> =
+        samples_of_version_2().iter().map(|f| (f.name().to_owned(), wire(f))).collect();
+    crate::golden::compare("frames-v2.txt", &added);
+}
+
+#[test]
+fn the_common_version_is_the_highest_that_neither_side_left_behind() {
+    assert_eq!(common_version(1, 1), Some(1), "an older peer");
+    assert_eq!(common_version(2, 1), Some(2));
+    assert_eq!(common_version(9, 2), Some(2), "a newer one that still understands us");
+    assert_eq!(common_version(9, 3), None);
+    assert_eq!(common_version(0, 0), None);
+}
+
+#[test]
+fn more_names_than_a_page_holds_are_refused() {
+    let names = vec![(vec![], 0); MAX_NAMES + 1];
+    let bytes = wire(&Frame::Names { names });
+    assert!(Frame::decode(&Bytes::from(bytes[4..].to_vec())).is_err());
+}
+
 proptest! {
     #[test]
     fn no_bytes_make_the_decoder_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
@@ -86,8 +117,8 @@ proptest! {
     }
 
     #[test]
-    fn a_cut_frame_is_refused(index in 0usize..21, cut in 1usize..40) {
-        let frame = samples().remove(index);
+    fn a_cut_frame_is_refused(index in 0usize..23, cut in 1usize..40) {
+        let frame = samples().into_iter().chain(samples_of_version_2()).nth(index).expect("so many");
         let bytes = wire(&frame);
         if bytes.len() > 5 + cut
             && let Ok(other) = Frame::decode(&Bytes::from(bytes[4..bytes.len() - cut].to_vec()))

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use outrider_process::identity::SigningKey;
-use outrider_proto::frame::{Presence, Refusal, Space};
+use outrider_proto::frame::{PROTOCOL_VERSION, Presence, Refusal, Space};
 use outrider_proto::ids::{ChunkId, FabricId, LayoutEpoch, NodeIncarnation, PgId};
 use outrider_proto::layout::{Layout, StorageNode, assign};
 use outrider_proto::receipt::{NamedReceipt, PgReceipt, Receipt};
@@ -226,6 +226,7 @@ impl ChunkTransport for MemoryTransport {
             node: node.name.clone(),
             incarnation: nodes[index].incarnation,
             layout_epoch: opening.layout_epoch,
+            version: PROTOCOL_VERSION,
         };
         drop(nodes);
         let closed = std::sync::atomic::AtomicBool::new(false);
@@ -381,6 +382,19 @@ impl ChunkSession for MemorySession {
                 .collect()
         });
         futures::stream::iter(listed.unwrap_or_else(|error| vec![Err(error)])).boxed()
+    }
+
+    async fn list_names(
+        &self,
+        space: Space,
+        after: Vec<u8>,
+    ) -> Result<Vec<(Vec<u8>, u64)>, TransportError> {
+        let nodes = self.nodes()?;
+        let named = nodes[self.index].named.iter();
+        Ok(named
+            .filter(|((s, key), _)| *s == space as u8 && *key > after)
+            .map(|((_, key), (fence, _))| (key.clone(), *fence))
+            .collect())
     }
 
     async fn list_pg(&self, pg: PgId, after: ChunkId) -> Result<Vec<ChunkId>, TransportError> {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use outrider_process::identity::{Identity, Role, peer_of_connection};
 use outrider_process::network::{Network, NetworkError};
-use outrider_proto::frame::{ALPN, Frame, PROTOCOL_VERSION, close};
+use outrider_proto::frame::{ALPN, Frame, OLDEST_VERSION, PROTOCOL_VERSION, close, common_version};
 use outrider_proto::ids::FabricId;
 use outrider_proto::layout::StorageNode;
 use quinn::{Connection, Endpoint};
@@ -192,23 +192,21 @@ impl QuicTransport {
         let mut recv = FrameReader::new(recv);
         let hello = Frame::Hello {
             version: PROTOCOL_VERSION,
-            oldest: PROTOCOL_VERSION,
+            oldest: OLDEST_VERSION,
             role: self.role as u8,
         };
         write_frame(&mut send, &hello).await.map_err(failed)?;
-        match recv.expect("Hello").await.map_err(failed)? {
-            Frame::Hello { version, oldest, .. }
-                if (oldest..=version).contains(&PROTOCOL_VERSION) => {}
+        let version = match recv.expect("Hello").await.map_err(failed)? {
             Frame::Hello { version, oldest, .. } => {
-                return Err(TransportError::Protocol {
+                common_version(version, oldest).ok_or_else(|| TransportError::Protocol {
                     node: node.name.clone(),
                     what: format!(
-                        "it speaks versions {oldest} to {version}, this process {PROTOCOL_VERSION}"
+                        "it speaks versions {oldest} to {version}, this process {OLDEST_VERSION} to {PROTOCOL_VERSION}"
                     ),
-                });
+                })?
             }
             other => return Err(session::unexpected(&node.name, "Hello", other)),
-        }
+        };
         let open = Frame::Open {
             session: opening.session,
             layout_epoch: opening.layout_epoch,
@@ -228,7 +226,7 @@ impl QuicTransport {
                         found: format!("{name} of fabric {fabric}"),
                     });
                 }
-                Ok(Opened { fabric, node: name, incarnation, layout_epoch })
+                Ok(Opened { fabric, node: name, incarnation, layout_epoch, version })
             }
             other => Err(session::unexpected(&node.name, "Opened", other)),
         }

@@ -51,6 +51,8 @@ pub struct Opened {
     pub incarnation: NodeIncarnation,
     /// Layout that it works under.
     pub layout_epoch: LayoutEpoch,
+    /// Protocol version that both sides speak.
+    pub version: u16,
 }
 
 /// The window that a request belongs to.
@@ -157,6 +159,14 @@ pub trait ChunkSession: Send + Sync + 'static {
     ) -> Result<Vec<NamedRecord>, TransportError> {
         self.stream_named(space, prefix).try_collect().await
     }
+
+    /// The names of a space after `after`, in key order, each with its fence; empty at the end (storage nodes only, and only
+    /// where [`Opened::version`] is 2 at least).
+    async fn list_names(
+        &self,
+        space: Space,
+        after: Vec<u8>,
+    ) -> Result<Vec<(Vec<u8>, u64)>, TransportError>;
 
     /// Ids of a PG on this node after `after`, in order; empty at the end (storage nodes only).
     async fn list_pg(&self, pg: PgId, after: ChunkId) -> Result<Vec<ChunkId>, TransportError>;

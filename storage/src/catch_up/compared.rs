@@ -1,5 +1,5 @@
-//! When the named records of another node are compared with this node's own. That reads every one of them over there, so
-//! it is done where something may have been missed, and rarely otherwise.
+//! When the names of another node are compared with this node's own: where something may have been missed, and rarely
+//! otherwise.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};

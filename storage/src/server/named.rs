@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use outrider_format::entry::{Name, Provenance};
-use outrider_proto::frame::{Frame, Refusal, Space};
+use outrider_proto::frame::{Frame, MAX_NAMES, Refusal, Space};
 use outrider_proto::ids::{JobId, PgId};
 use outrider_proto::receipt::NamedReceipt;
 use outrider_proto::record::{Kind, Record};
@@ -136,4 +136,18 @@ pub(super) async fn list(
         write_frame(send, &Frame::NamedRecord { key, fence, record }).await?;
     }
     Ok(finish_with(send, &Frame::End).await?)
+}
+
+/// The next names of a space, without their records.
+pub(super) async fn list_names(
+    node: &Node,
+    access: &Access,
+    space: Space,
+    after: &[u8],
+    send: &mut SendStream,
+) -> Result<(), Ending> {
+    access.storage_only()?;
+    let entries = node.store.list_names(space, after, MAX_NAMES)?;
+    let names = entries.into_iter().map(|entry| (entry.key, entry.fence)).collect();
+    Ok(finish_with(send, &Frame::Names { names }).await?)
 }

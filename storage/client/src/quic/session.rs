@@ -254,6 +254,21 @@ impl ChunkSession for QuicSession {
         .boxed()
     }
 
+    async fn list_names(
+        &self,
+        space: Space,
+        after: Vec<u8>,
+    ) -> Result<Vec<(Vec<u8>, u64)>, TransportError> {
+        self.within(self.limits.request, async {
+            let mut recv = self.ask(&Frame::ListNames { space, after }).await?;
+            match self.answer(&mut recv, "Names").await? {
+                Frame::Names { names } => Ok(names),
+                other => Err(self.unexpected("Names", other)),
+            }
+        })
+        .await
+    }
+
     async fn list_pg(&self, pg: PgId, after: ChunkId) -> Result<Vec<ChunkId>, TransportError> {
         self.within(self.limits.request, async {
             let mut recv = self.ask(&Frame::ListPg { pg, after }).await?;
