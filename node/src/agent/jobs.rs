@@ -206,7 +206,7 @@ async fn work(
     match context(&agent, &message, &lease, &sources, progress) {
         Err(e) => tracing::error!(error = %e, "a lease that cannot be understood was not begun"),
         Ok(context) => {
-            let attempt = attempt(&agent, context, message, &lease, &sources, cancelled);
+            let attempt = attempt(&agent, context, message, &lease, &sources, cancelled).boxed();
             if !survived(&lease, attempt).await {
                 agent.metrics.jobs_bad.inc();
             }
