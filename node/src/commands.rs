@@ -22,6 +22,10 @@ const KEPT: usize = 8 << 10;
 /// How long the output of a command that has ended is waited for: something that it started may still hold it.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// How much later than we the system's own `timeout` ends a command: it is for the case that we are no more.
+#[cfg(unix)]
+const WATCHED: Duration = Duration::from_secs(5);
+
 /// `[commands.NAME]`: a program that policies may name.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -119,6 +123,10 @@ pub async fn run(command: &Permitted, environment: &[(&'static str, String)]) ->
             tree.leave();
             match (status.success(), status.code()) {
                 (true, _) => (true, "ok".to_owned()),
+                // As shells and `timeout` tell of signals.
+                (false, Some(code @ 129..=192)) if cfg!(unix) => {
+                    (false, format!("it was ended by signal {}", code - 128))
+                }
                 (false, Some(code)) => (false, format!("it ended with exit code {code}")),
                 (false, None) => (false, "it was ended by a signal".to_owned()),
             }
@@ -134,7 +142,7 @@ pub async fn run(command: &Permitted, environment: &[(&'static str, String)]) ->
 }
 
 fn spawn(command: &Permitted, environment: &[(&'static str, String)]) -> std::io::Result<Tree> {
-    let mut process = Command::new(&command.program);
+    let mut process = limited(command)?;
     process
         .args(&command.arguments)
         .stdin(Stdio::null())
@@ -163,6 +171,30 @@ fn spawn(command: &Permitted, environment: &[(&'static str, String)]) -> std::io
         let job = job_object::JobObject::of(&child)?;
         Ok(Tree { child, job, done: false })
     }
+}
+
+/// The program. Nobody ends what an agent that was killed leaves (its unit's KillMode is `process`, for VMs live in it), so
+/// another process has an eye on the time, too.
+#[cfg(unix)]
+fn limited(command: &Permitted) -> std::io::Result<Command> {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::metadata(&command.program)?.permissions().mode();
+    if mode & 0o111 == 0 {
+        return Err(std::io::ErrorKind::PermissionDenied.into());
+    }
+    let timeout = ["/usr/bin/timeout", "/bin/timeout"].map(Path::new);
+    let Some(timeout) = timeout.into_iter().find(|program| program.is_file()) else {
+        return Ok(Command::new(&command.program));
+    };
+    let seconds = (command.timeout + WATCHED).as_secs().saturating_add(1);
+    let mut process = Command::new(timeout);
+    process.args(["-s", "KILL", &seconds.to_string()]).arg(&command.program);
+    Ok(process)
+}
+
+#[cfg(not(unix))]
+fn limited(command: &Permitted) -> std::io::Result<Command> {
+    Ok(Command::new(&command.program))
 }
 
 fn shown(program: &Path) -> String {
@@ -293,6 +325,33 @@ mod tests {
         let pid: u32 = std::fs::read_to_string(file).expect("begun").trim().parse().expect("a pid");
         let gone = async {
             // Killed, and reaped by whoever is the parent now; a zombie is dead, too.
+            while std::fs::read_to_string(format!("/proc/{pid}/stat"))
+                .is_ok_and(|stat| !stat.contains(") Z "))
+            {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(LONG, gone).await.expect("the child is gone");
+    }
+
+    #[tokio::test]
+    async fn one_whose_agent_was_killed_ends_with_its_time_limit_all_the_same() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("pid");
+        let script = format!("sleep 3600 & echo $! > {}; wait", file.display());
+        let command = shell(&script, Duration::from_millis(100));
+        // As an agent that dies: nobody waits for it, nobody drops it.
+        let mut process = limited(&command).expect("a program");
+        let mut child = process
+            .args(&command.arguments)
+            .process_group(0)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("started");
+        let ended = tokio::time::timeout(LONG, child.wait()).await.expect("in time");
+        assert!(!ended.expect("waited for").success());
+        let pid: u32 = std::fs::read_to_string(file).expect("begun").trim().parse().expect("a pid");
+        let gone = async {
             while std::fs::read_to_string(format!("/proc/{pid}/stat"))
                 .is_ok_and(|stat| !stat.contains(") Z "))
             {

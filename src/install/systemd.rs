@@ -62,7 +62,8 @@ pub(crate) fn unit(program: &Path, config: &Path) -> String {
          RestartSec=10\n\
          # Jobs close their files and say so; another host goes on with them.\n\
          TimeoutStopSec=60\n\
-         KillMode=mixed\n\
+         # VMs that a restore has started are no part of it, also where they are in its control group.\n\
+         KillMode=process\n\
          UMask=0077\n\
          LimitNOFILE=65536\n\
          OOMScoreAdjust=200\n\
@@ -218,6 +219,13 @@ impl Machine for Linux {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whatever_ends_the_agent_ends_no_vm() {
+        let text = unit(Path::new("/a"), Path::new("/b"));
+        let kill: Vec<&str> = text.lines().filter(|line| line.starts_with("KillMode")).collect();
+        assert_eq!(kill, ["KillMode=process"]);
+    }
 
     #[test]
     fn systemd_understands_the_unit() {
