@@ -442,7 +442,7 @@ mod tests {
                     let mut bytes = OPTION_REPLY.to_be_bytes().to_vec();
                     bytes.extend(option.to_be_bytes());
                     bytes.extend(kind.to_be_bytes());
-                    bytes.extend((data.len() as u32).to_be_bytes());
+                    bytes.extend((u32::try_from(data.len()).expect("short")).to_be_bytes());
                     bytes.extend(data);
                     peer.write_all(&bytes).expect("sent");
                 };
@@ -471,7 +471,7 @@ mod tests {
     fn a_flush_may_take_longer_than_anything_else() {
         let dir = tempfile::tempdir().expect("a folder");
         let socket = dir.path().join("s");
-        let (go, may_go) = mpsc::channel();
+        let (go, may_go) = mpsc::sync_channel(1);
         slow(&socket, may_go);
         let patience = Duration::from_millis(50);
         let mut nbd = Nbd::connect_with(&socket, "", None, patience).expect("connected");
