@@ -83,21 +83,11 @@ impl Checkpoints {
             let filter = names::node(Node::Filter, index, id);
             ("qom-set", json!({ "path": disk.device, "property": "drive", "value": filter }))
         };
-        let mut commands: Vec<(&str, Value)> = disks.iter().enumerate().map(set).collect();
-        let stopped = disks.len() > 1 && machine.run_state().await? == "running";
-        if stopped {
-            // A stop in the last moments of a migration would travel: the VM would arrive paused, and stay so.
-            machine.ask_for_migration().await;
-            if machine.is_migrating() {
-                return Err(Self::busy(machine, "a migration began"));
-            }
-            self.held.note_stopped(machine)?;
-            commands.insert(0, ("stop", Value::Null));
-        }
-        let answers = machine.qmp.execute_all(commands).await;
-        if stopped {
-            self.held.resume(machine).await?;
-        }
+        let commands: Vec<(&str, Value)> = disks.iter().enumerate().map(set).collect();
+        let answers = match commands.len() {
+            0 | 1 => machine.qmp.execute_all(commands).await,
+            _ => self.held.while_still(machine, commands).await?,
+        };
         answers.into_iter().collect::<Result<Vec<_>, _>>()?;
         Ok(())
     }

@@ -180,14 +180,87 @@ impl Held {
         Ok((count.as_u64().unwrap_or(0), status.as_str() == Some("thawed")))
     }
 
-    /// Writes down that the VM is about to be stopped.
-    pub(super) fn note_stopped(&self, machine: &Machine) -> Result<(), QemuError> {
-        self.record(machine, "stopped")
+    /// Sends commands while the VM stands still: a running one is stopped for them and goes on afterwards, whatever becomes
+    /// of who asked. One that somebody else stopped is left as it is.
+    ///
+    /// # Errors
+    /// [`QemuError`]: not sent; or sent, and the VM is not seen to go on yet.
+    pub(super) async fn while_still(
+        &self,
+        machine: &Arc<Machine>,
+        commands: Vec<(&'static str, Value)>,
+    ) -> Result<Vec<Result<Value, QmpError>>, QemuError> {
+        let (done, is_done) = oneshot::channel();
+        let (held, of) = (self.clone(), machine.clone());
+        self.tasks.spawn(&format!("still {}", machine.name), async move {
+            held.stop_and_go(&of, commands, done).await;
+        });
+        let ending = || QemuError::Busy {
+            vm: machine.name.clone(),
+            what: "the agent is about to end".to_owned(),
+        };
+        is_done.await.unwrap_or_else(|_| Err(ending()))
+    }
+
+    async fn stop_and_go(
+        &self,
+        machine: &Machine,
+        commands: Vec<(&'static str, Value)>,
+        done: oneshot::Sender<Result<Vec<Result<Value, QmpError>>, QemuError>>,
+    ) {
+        // A VM that the one before us has not let go on yet is nobody else's `paused`.
+        let Ok(_still) = machine.still.try_lock() else {
+            let what = "it is not seen yet to go on after a short stop".to_owned();
+            let _ = done.send(Err(QemuError::Busy { vm: machine.name.clone(), what }));
+            return;
+        };
+        let stops = match self.may_stop(machine).await {
+            Ok(stops) => stops,
+            Err(e) => {
+                let _ = done.send(Err(e));
+                return;
+            }
+        };
+        if !stops {
+            let _ = done.send(Ok(machine.qmp.execute_all(commands).await));
+            return;
+        }
+        let stop = std::iter::once(("stop", Value::Null));
+        let mut answers = machine.qmp.execute_all(stop.chain(commands).collect()).await;
+        // It may have stopped, whatever it said, unless it said no.
+        let resumed = match answers.remove(0) {
+            Err(e) if e.is_refusal() => {
+                self.forget(machine, "stopped");
+                let _ = done.send(Err(e.into()));
+                return;
+            }
+            _ => self.resume(machine).await,
+        };
+        let unseen = resumed.is_err();
+        let _ = done.send(resumed.map(|()| answers).map_err(QemuError::from));
+        if unseen {
+            self.resume_for_certain(machine).await;
+        }
+    }
+
+    /// Whether it runs, so that we may stop it; then that is written down.
+    async fn may_stop(&self, machine: &Machine) -> Result<bool, QemuError> {
+        if machine.run_state().await? != "running" {
+            return Ok(false);
+        }
+        // A stop in the last moments of a migration would travel: the VM would arrive paused, and stay so.
+        machine.ask_for_migration().await;
+        if machine.is_migrating() {
+            let what = "a migration began".to_owned();
+            return Err(QemuError::Busy { vm: machine.name.clone(), what });
+        }
+        self.record(machine, "stopped")?;
+        Ok(true)
     }
 
     /// After a short stop: lets the VM go on. Only one that is `paused` still: one that a migration took away meanwhile
     /// (`finish-migrate`, `postmigrate`) runs elsewhere, and `cont` would make it run here as well, on the same disks.
-    pub(super) async fn resume(&self, machine: &Machine) -> Result<(), QmpError> {
+    async fn resume(&self, machine: &Machine) -> Result<(), QmpError> {
         if machine.run_state().await? == "paused" {
             machine.qmp.execute("cont", Value::Null).await?;
         }
@@ -195,25 +268,32 @@ impl Held {
         Ok(())
     }
 
+    /// Lets a VM that we stopped go on until it was seen to, or its QEMU is gone.
+    async fn resume_for_certain(&self, machine: &Machine) {
+        while let Err(e) = self.resume(machine).await {
+            tracing::error!(vm = machine.name, error = %e, "the VM could not be resumed yet");
+            if machine.qmp.is_closed() {
+                // The next connection looks by the record.
+                return;
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
     /// Lets go what an earlier agent held in this VM.
     pub(super) async fn release(&self, machine: &Arc<Machine>) {
         if self.is_recorded(machine, "stopped") {
-            let stopped = machine.run_state().await.is_ok_and(|s| s == "paused");
-            let resumed = if stopped {
-                tracing::warn!(
-                    vm = machine.name,
-                    "resuming a VM that an earlier agent had stopped for a moment"
-                );
-                machine.qmp.execute("cont", Value::Null).await.map(drop)
-            } else {
-                Ok(())
-            };
-            match resumed {
-                Ok(()) => self.forget(machine, "stopped"),
-                Err(e) => {
-                    tracing::error!(vm = machine.name, error = %e, "the VM could not be resumed");
-                }
-            }
+            tracing::warn!(
+                vm = machine.name,
+                "letting a VM go on that an earlier agent may have stopped for a moment"
+            );
+            // Held from now on: nobody is to see its `paused` before it goes on.
+            let still = machine.still.clone().lock_owned().await;
+            let (held, of) = (self.clone(), machine.clone());
+            self.tasks.spawn(&format!("resume {}", machine.name), async move {
+                held.resume_for_certain(&of).await;
+                drop(still);
+            });
         }
         if self.is_recorded(machine, "frozen") {
             tracing::warn!(vm = machine.name, "thawing a guest that an earlier agent had frozen");

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use outrider_process::tasks::TaskSpawner;
 use outrider_proto::ids::VmGuid;
@@ -25,6 +25,8 @@ pub(super) struct Machine {
     pub(super) name: String,
     /// One change of the block graph at a time.
     pub(super) graph: tokio::sync::Mutex<()>,
+    /// Taken by who stops the VM for a moment, until it goes on.
+    pub(super) still: Arc<tokio::sync::Mutex<()>>,
     /// A migration away from here is on its way.
     migrating: AtomicBool,
     /// A checkpoint of ours may be open.
@@ -61,6 +63,7 @@ impl Machine {
             vm: VmGuid(vm),
             name,
             graph: tokio::sync::Mutex::new(()),
+            still: Arc::default(),
             migrating: AtomicBool::new(false),
             has_checkpoint: AtomicBool::new(false),
             last: Mutex::new(None),

@@ -6,3 +6,4 @@ mod jobs;
 mod real;
 mod replace;
 mod scripted;
+mod still;
