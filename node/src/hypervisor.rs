@@ -512,13 +512,39 @@ pub trait Hypervisor: Send + Sync + 'static {
     }
 
     /// Removes VMs in the making whose files lie in `folder`, which an attempt that died left.
+    ///
+    /// # Errors
+    /// Also when one stays behind.
     async fn forget_planned(&self, _lease: &Lease, _folder: &Path) -> Result<(), HypervisorError> {
         Ok(())
     }
 
+    /// The VM of this host that is real and has a disk or its definition in `folder`.
+    async fn made_in(&self, folder: &Path) -> Result<Option<VmGuid>, HypervisorError> {
+        let is_in = |vm: &&VmSeen| {
+            vm.realized && vm.disks.iter().any(|disk| Path::new(&disk.path).starts_with(folder))
+        };
+        Ok(self.inventory().await?.vms.iter().find(is_in).map(|vm| vm.guid))
+    }
+
+    /// The configuration files of a VM that go when its definition is removed; none where they are only told when it is set
+    /// aside.
+    ///
+    /// # Errors
+    /// Also when the file that defines it is not among them: nobody could bring it back.
+    async fn config_of(&self, _vm: VmGuid) -> Result<Vec<PathBuf>, HypervisorError> {
+        Ok(Vec::new())
+    }
+
     /// Prepares a VM for being replaced: known to its cluster as stopped on purpose, off, without checkpoints and
-    /// merges. Nothing of it is lost but its saved state and its checkpoints.
-    async fn set_aside(&self, lease: &Lease, vm: VmGuid) -> Result<SetAside, HypervisorError> {
+    /// merges. Nothing of it is lost but its saved state and its checkpoints: `lost` gets a sentence for each, also when
+    /// this fails in the middle.
+    async fn set_aside(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        _lost: &mut Vec<String>,
+    ) -> Result<SetAside, HypervisorError> {
         self.stop_vm(lease, vm).await?;
         Ok(SetAside::default())
     }

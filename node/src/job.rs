@@ -188,7 +188,7 @@ pub async fn run(context: JobContext, message: rpc::JobLease) -> bool {
     if !outcome.host_clean {
         tracing::warn!(
             event_id = host_events::HOST_UNCLEAN,
-            "something of ours is left on the host; it is removed as soon as the hypervisor allows it"
+            "something of ours is left on the host: a cleanup removes it, or the job's report says what to do"
         );
     }
     let request = rpc::FinishRequest {

@@ -34,7 +34,7 @@ pub use disk::{NewDisk, RestoreError, image_extension, new_child, new_image};
 
 use crate::hypervisor::Inventory;
 use crate::job::{JobContext, JobError, Outcome};
-use crate::pipeline::Pool;
+use crate::pipeline::{Pool, PoolError};
 use crate::precheck;
 use crate::store::JobStore;
 
@@ -84,9 +84,8 @@ pub async fn export_disks(
         match export_disk(reader, disk, manifest.chunk_size, &path).await {
             Ok(_) => written.push(path),
             Err(e) => {
-                for path in &written {
-                    remove_file(path);
-                }
+                let remove = move || written.iter().all(|path| remove_file(path));
+                blocking(remove).await.ok();
                 return Err(e);
             }
         }
@@ -132,7 +131,9 @@ pub async fn export_tree(
         let written =
             disk::write(reader, &file.disk, below, manifest.chunk_size, path, create).await;
         if let Err(e) = written {
-            paths.iter().take(at).for_each(|path| remove_file(path));
+            for path in paths.iter().take(at) {
+                remove_file(path);
+            }
             return Err(e);
         }
     }
@@ -180,12 +181,23 @@ fn named_as(name: &str, extension: &str) -> String {
     format!("{stem}.{extension}")
 }
 
-fn remove_file(path: &Path) {
-    if let Err(e) = std::fs::remove_file(path)
-        && e.kind() != std::io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %path.display(), error = %e, "a file of a failed restore stays behind");
+/// Whether the file is gone. Blocks.
+fn remove_file(path: &Path) -> bool {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), error = %e, "a file of a failed restore stays behind");
+            false
+        }
+        _ => true,
     }
+}
+
+/// Works on files elsewhere: a volume that is paused stops them, and must not stop the runtime.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, PoolError> {
+    let span = tracing::Span::current();
+    tokio::task::spawn_blocking(move || span.in_scope(work)).await.map_err(|_| PoolError)
 }
 
 pub(crate) async fn run(
@@ -198,18 +210,18 @@ pub(crate) async fn run(
     let result = restore_vm(context, message, &vm, work, &mut warnings).await;
     let restored = |guid| Some(VmKey { realm: vm.realm.clone(), guid, role: VmRole::Primary });
     match result {
-        Ok(guid) => Outcome {
+        Ok((guid, clean)) => Outcome {
             data_safe: true,
-            host_clean: true,
+            host_clean: clean,
             restored_vm: restored(guid),
             warnings,
             error: None,
         },
-        Err(Failure { error, made }) => Outcome {
+        Err(Failure { error, made, clean }) => Outcome {
             // A VM that is there and could not be started is no restore that is done; one that was started and does not
             // boot is: its bytes are those of the point.
             data_safe: matches!(error, JobError::NotBooted(_)),
-            host_clean: true,
+            host_clean: clean,
             restored_vm: made.and_then(restored),
             warnings,
             error: Some(error),
@@ -217,15 +229,17 @@ pub(crate) async fn run(
     }
 }
 
-/// Why a restore ended, and the VM that there is nevertheless.
+/// Why a restore failed, and the VM that there is nevertheless.
 struct Failure {
     error: JobError,
     made: Option<VmGuid>,
+    /// Nothing of the restore stays on the host but that VM.
+    clean: bool,
 }
 
 impl<E: Into<JobError>> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self { error: error.into(), made: None }
+        Self { error: error.into(), made: None, clean: true }
     }
 }
 
@@ -235,7 +249,7 @@ async fn restore_vm(
     vm: &VmKey,
     work: &rpc::RestoreWork,
     warnings: &mut Vec<String>,
-) -> Result<VmGuid, Failure> {
+) -> Result<(VmGuid, bool), Failure> {
     let reader = Reader {
         store: context.store.clone(),
         sealer: context.sealer.clone(),
@@ -271,7 +285,11 @@ async fn restore_vm(
         not_elsewhere(context, &manifest, &inventory).await?;
     }
     let roots = context.hypervisor.storage_roots().await?;
-    let target = target::choose(&manifest, work, &inventory, &roots, context.lease.job())?;
+    let target = {
+        let (manifest, work, job) = (manifest.clone(), work.clone(), context.lease.job());
+        let choose = move || target::choose(&manifest, &work, &inventory, &roots, job);
+        blocking(choose).await??
+    };
     let files = target.files(&manifest, work, |disk| context.hypervisor.disk_extension(disk));
     if let Some(why) = files.iter().find_map(|file| speaks_against(file)) {
         return Err(JobError::Unfit(why).into());
@@ -291,14 +309,12 @@ async fn restore_vm(
     }
     let mut restore = make::Restore::new(context, &reader, &manifest, target, work);
     let made = restore.run().await;
-    warnings.append(&mut restore.notes);
-    match made {
-        Ok(vm) => Ok(vm),
-        Err(error) => {
-            restore.clean_up(&error).await;
-            Err(Failure { error, made: restore.trail.made })
-        }
+    if let Err(error) = &made {
+        restore.clean_up(error).await;
     }
+    warnings.append(&mut restore.notes);
+    let (clean, vm) = (restore.clean, restore.trail.made);
+    made.map(|vm| (vm, clean)).map_err(|error| Failure { error, made: vm, clean })
 }
 
 /// A GUID is kept only if no VM of it runs on another host: two of them would be one to everybody who looks.
@@ -331,9 +347,13 @@ async fn write_config_file(
     if file.chunks.len() as u64 != file.size.div_ceil(chunk_size.into()) {
         return Err(failed().into());
     }
-    let target = std::fs::File::create(path).map_err(JobError::file("create", path))?;
-    target.set_len(file.size).map_err(JobError::file("write", path))?;
-    let target = Arc::new(target);
+    let (at, size) = (path.to_owned(), file.size);
+    let create = move || {
+        let target = std::fs::File::create(&at).map_err(JobError::file("create", &at))?;
+        target.set_len(size).map_err(JobError::file("write", &at))?;
+        Ok::<_, JobError>(Arc::new(target))
+    };
+    let target = blocking(create).await??;
     for (at, id) in (0_u64..).zip(&file.chunks) {
         let offset = at * u64::from(chunk_size);
         // A hole is zeros, as the file is already.

@@ -104,6 +104,14 @@ pub enum HypervisorError {
         /// What is missing.
         detail: String,
     },
+    /// It cannot be told whether a file of a VM is there.
+    #[error("cannot tell whether {} is there: {reason}; see that its volume is online", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        reason: String,
+    },
     /// QEMU, its guest agent or its processes.
     #[cfg(unix)]
     #[error(transparent)]
@@ -124,7 +132,7 @@ impl HypervisorError {
             Self::Qemu(e) if e.passes() => Retry::Later,
             #[cfg(unix)]
             Self::Qemu(e) if e.is_unknown() => Retry::Inspect,
-            Self::Occupied { .. } => Retry::Later,
+            Self::Occupied { .. } | Self::File { .. } => Retry::Later,
             Self::Nameless { source, .. } => source.retry(),
             Self::Refused { code, reason, .. } => {
                 codes::of(*code, reason).map_or(Retry::No, |known| known.next.retry())

@@ -258,8 +258,21 @@ impl Hypervisor for HyperV {
         self.forget_planned_in(lease, folder).await
     }
 
-    async fn set_aside(&self, lease: &Lease, vm: VmGuid) -> Result<SetAside, HypervisorError> {
-        self.set_vm_aside(lease, vm).await
+    async fn made_in(&self, folder: &Path) -> Result<Option<VmGuid>, HypervisorError> {
+        self.real_vm_in(folder).await
+    }
+
+    async fn config_of(&self, vm: VmGuid) -> Result<Vec<PathBuf>, HypervisorError> {
+        self.files_of_vm(vm).await
+    }
+
+    async fn set_aside(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        lost: &mut Vec<String>,
+    ) -> Result<SetAside, HypervisorError> {
+        self.set_vm_aside(lease, vm, lost).await
     }
 
     async fn start_vm(&self, lease: &Lease, vm: VmGuid) -> Result<(), HypervisorError> {

@@ -20,6 +20,8 @@ pub struct NewVm {
     pub replaces: Option<VmGuid>,
     /// Disk files by slot.
     pub disks: Vec<(String, PathBuf)>,
+    /// It is made again from its own files: disks of the definition that are not among these stay as they are.
+    pub as_it_was: bool,
     /// Make it highly available.
     pub clustered: bool,
     /// What its cluster group was like.
@@ -81,16 +83,14 @@ pub struct HostFacts {
 pub struct SetAside {
     /// Configuration files that define it; gone when its definition is removed.
     pub config: Vec<PathBuf>,
+    /// It ran when it was asked for.
+    pub ran: bool,
     /// Its disks.
     pub disks: Vec<DiskAside>,
     /// Its display name.
     pub name: String,
     /// Its cluster group.
     pub group: Option<ClusterGroup>,
-    /// It ran before.
-    pub ran: bool,
-    /// What was lost on the way: one sentence each.
-    pub lost: Vec<String>,
 }
 
 /// A disk of a VM that was made ready for being replaced.

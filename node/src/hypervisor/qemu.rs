@@ -439,7 +439,12 @@ impl Hypervisor for Qemu {
         Ok(self.plan(new).map(drop)?)
     }
 
-    async fn set_aside(&self, lease: &Lease, vm: VmGuid) -> Result<SetAside, HypervisorError> {
+    async fn set_aside(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+        _lost: &mut Vec<String>,
+    ) -> Result<SetAside, HypervisorError> {
         lease.may_mutate()?;
         Ok(self.put_aside(lease, vm).await?)
     }

@@ -134,6 +134,15 @@ pub(super) async fn run(
         warnings.push(sentence.clone());
         said.push(sentence);
     }
+    let is_definition =
+        |file: &ConfigFile| context.hypervisor.is_definition(std::path::Path::new(&file.name));
+    if !config.iter().any(is_definition) {
+        warnings.push(
+            "the checkpoint has no file that defines the VM (.vmcx): this point restores as disks alone (outrider export); see \
+             what keeps the host from writing it, and back up again"
+                .into(),
+        );
+    }
     let machine = machine(context, open, warnings).await?;
     context.phase("running");
     let tracking_unproven = binding.is_some_and(|b| b.tracking_unproven) && start.parent.is_some();

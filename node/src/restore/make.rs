@@ -28,6 +28,8 @@ pub(super) struct Restore<'a> {
     files: Vec<DiskFile>,
     /// The report: what was mended, lost, removed.
     pub(super) notes: Vec<String>,
+    /// Nothing of this restore stays on the host but the VM that it made.
+    pub(super) clean: bool,
 }
 
 impl<'a> Restore<'a> {
@@ -47,7 +49,8 @@ impl<'a> Restore<'a> {
             false => files::flat(manifest, extension),
         };
         let notes = Vec::new();
-        Self { context, reader, manifest, target, work, trail, with_tree, files, notes }
+        let clean = true;
+        Self { context, reader, manifest, target, work, trail, with_tree, files, notes, clean }
     }
 
     pub(super) async fn run(&mut self) -> Result<VmGuid, JobError> {
@@ -68,7 +71,7 @@ impl<'a> Restore<'a> {
             self.context.hypervisor.start_vm(&self.context.lease, vm).await?;
         }
         self.remove_replaced(vm).await;
-        Trail::remove(&self.target.folder);
+        Trail::remove(&self.target.folder).await;
         Ok(vm)
     }
 
@@ -81,7 +84,7 @@ impl<'a> Restore<'a> {
             new = replaced.successor(new);
         }
         self.notes.extend(context.hypervisor.finish_vm(lease, vm, &new).await?);
-        self.trail.save(&self.target.folder)
+        self.trail.keep(&self.target.folder).await
     }
 
     async fn make(&mut self) -> Result<VmGuid, JobError> {
@@ -97,20 +100,25 @@ impl<'a> Restore<'a> {
         };
         self.notes.extend(mended);
         self.trail.made = Some(vm);
-        self.trail.save(&self.target.folder)?;
+        self.trail.keep(&self.target.folder).await?;
         Ok(vm)
     }
 
     /// Writes disks and configuration; gives the definition file. What an earlier attempt finished is not written again.
     async fn write(&mut self) -> Result<PathBuf, JobError> {
         let context = self.context;
-        self.target.claim(!self.work.target_folder.is_empty())?;
+        self.target.claim(!self.work.target_folder.is_empty()).await?;
         let folders = [DISKS, DEFINITION, CHECKPOINTS];
-        for dir in folders.iter().take(if self.with_tree { 3 } else { 2 }) {
-            let dir = self.target.folder.join(dir);
-            std::fs::create_dir_all(&dir).map_err(JobError::file("make the folder", &dir))?;
-        }
-        self.trail.save(&self.target.folder)?;
+        let folders = folders.iter().take(if self.with_tree { 3 } else { 2 });
+        let folders: Vec<PathBuf> = folders.map(|dir| self.target.folder.join(dir)).collect();
+        let make = move || {
+            let made = |dir: &PathBuf| {
+                std::fs::create_dir_all(dir).map_err(JobError::file("make the folder", dir))
+            };
+            folders.iter().try_for_each(made)
+        };
+        super::blocking(make).await??;
+        self.trail.keep(&self.target.folder).await?;
         context.phase("writing the configuration");
         let definition = self.write_config(&self.manifest.config, DEFINITION).await?;
         if self.with_tree {
@@ -130,12 +138,19 @@ impl<'a> Restore<'a> {
         let paths = files::paths(&self.files, &self.target.folder);
         for (file, path) in self.files.iter().zip(&paths) {
             context.lease.check()?;
-            if self.trail.disks.contains(&file.name) && path.is_file() {
+            let (written, there) = (self.trail.disks.contains(&file.name), path.clone());
+            let skip = move || {
+                let whole = written && there.is_file();
+                if !whole {
+                    // Half of it, perhaps.
+                    super::remove_file(&there);
+                }
+                whole
+            };
+            if super::blocking(skip).await? {
                 tracing::info!(file = file.name, "an earlier attempt wrote this disk");
                 continue;
             }
-            // Half of it, perhaps.
-            super::remove_file(path);
             let below = file.over.and_then(|over| Some((&self.files[over], paths.get(over)?)));
             let create = {
                 let (hypervisor, path, like) =
@@ -153,7 +168,7 @@ impl<'a> Restore<'a> {
                 disk::write(self.reader, &file.disk, below, chunk_size, path, create).await?;
             context.metrics.restored_bytes.inc_by(written);
             self.trail.disks.push(file.name.clone());
-            self.trail.save(&self.target.folder)?;
+            self.trail.keep(&self.target.folder).await?;
         }
         Ok(definition)
     }
@@ -193,6 +208,7 @@ impl<'a> Restore<'a> {
             keep_guid: self.work.keep_guid,
             replaces: self.target.replaces,
             disks: self.disks_of(None),
+            as_it_was: false,
             clustered: self.work.highly_available,
             group: self.manifest.machine.group.clone(),
             networks: Networks {
@@ -217,24 +233,74 @@ impl<'a> Restore<'a> {
     }
 
     /// After a failure: nothing of ours stays but a VM that is real, or the files of one that could not be brought back.
-    pub(super) async fn clean_up(&self, error: &JobError) {
+    /// Files that a VM may have are never removed.
+    pub(super) async fn clean_up(&mut self, error: &JobError) {
         if error.is_superseded() {
             // Somebody else works on it, with this trail.
             return;
         }
-        if self.trail.made.is_some() {
-            if !error.retry() {
-                Trail::remove(&self.target.folder);
+        if self.trail.made.is_none() {
+            let (hypervisor, lease) = (&self.context.hypervisor, &self.context.lease);
+            let folder = self.target.folder.clone();
+            // First those in the making: one that is real meanwhile is seen as that.
+            let looked = match hypervisor.forget_planned(lease, &folder).await {
+                Ok(()) => hypervisor.made_in(&folder).await,
+                Err(e) => Err(e),
+            };
+            match looked {
+                Ok(Some(vm)) => self.made_after_all(vm).await,
+                Ok(None) if self.trail.replaced.is_none() => {
+                    let stay = self.target.remove_what_was_made().await;
+                    self.stays(stay);
+                    return;
+                }
+                Ok(None) => {
+                    self.clean = false;
+                    self.notes.push(format!(
+                        "the restored files in {} were kept, for the VM that was to be replaced is off or gone",
+                        folder.display()
+                    ));
+                    return;
+                }
+                Err(e) => {
+                    self.clean = false;
+                    self.notes.push(format!(
+                        "the files in {} were kept, for a VM may have been made of them ({e}): look in Hyper-V Manager whether VM \
+                         {:?} is there; if it is, keep or remove it there, if not, remove the folder",
+                        folder.display(),
+                        self.target.name
+                    ));
+                    return;
+                }
             }
+        }
+        if !error.retry() {
+            Trail::remove(&self.target.folder).await;
+        }
+    }
+
+    /// What failed went on: the VM is real. The next attempt finishes it, or an administrator does.
+    async fn made_after_all(&mut self, vm: VmGuid) {
+        self.clean = false;
+        self.trail.made = Some(vm);
+        self.notes.push(format!(
+            "VM {:?} ({vm}) is there all the same, with its files in {}: its rights, saved state and cluster role may lack; start it \
+             and see, or remove it and then the folder",
+            self.target.name,
+            self.target.folder.display()
+        ));
+    }
+
+    /// Notes files that could not be removed.
+    pub(super) fn stays(&mut self, files: Vec<PathBuf>) {
+        if files.is_empty() {
             return;
         }
-        if self.trail.replaced.is_some() {
-            return;
-        }
-        let (hypervisor, lease) = (&self.context.hypervisor, &self.context.lease);
-        if let Err(e) = hypervisor.forget_planned(lease, &self.target.folder).await {
-            tracing::warn!(error = %e, "a VM in the making may stay behind");
-        }
-        self.target.remove_what_was_made();
+        self.clean = false;
+        let files: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
+        self.notes.push(format!(
+            "these could not be removed and stay behind: {}; remove them when their volume allows it",
+            files.join(", ")
+        ));
     }
 }

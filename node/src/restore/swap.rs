@@ -2,8 +2,9 @@
 //! them back, and its files are there:
 //!
 //! ```text
-//! files of the new VM written -> rehearsal (planned, mended, validated, dropped) -> old VM stopped, checkpoints removed
-//!     -> its definition copied, trail: replaced -> old definition removed -> new VM realized, trail: made
+//! files of the new VM written -> rehearsal (planned, mended, validated, dropped) -> its definition found, trail: stopped
+//!     -> old VM stopped, checkpoints removed -> its definition copied, trail: replaced -> old definition removed
+//!     -> new VM realized, trail: made
 //!     -> started if asked -> files of the old VM removed
 //! ```
 //! A new VM that cannot be made after the old one was removed brings the old one back.
@@ -14,8 +15,8 @@ use outrider_proto::ids::{DiskId, VmGuid};
 use outrider_proto::manifest::Manifest;
 
 use super::make::Restore;
-use super::trail::{REPLACED, Replaced};
-use crate::hypervisor::{Defined, DiskAside, HypervisorError, NewVm, SetAside};
+use super::trail::{REPLACED, Replaced, Stopped};
+use crate::hypervisor::{Defined, DiskAside, HypervisorError, NewVm, Power, SetAside};
 use crate::job::JobError;
 
 /// Files beside a disk that track its changes.
@@ -28,13 +29,23 @@ impl Restore<'_> {
         if self.trail.replaced.is_none() {
             // Whatever the host has against the new VM is heard while the old one still runs.
             hypervisor.rehearse_vm(lease, &new).await?;
-            let aside = hypervisor.set_aside(lease, old).await?;
-            self.notes.extend(aside.lost.iter().cloned());
-            let ran = aside.ran;
-            let kept = self.keep_definition(old, aside).and_then(|replaced| {
-                self.trail.replaced = Some(replaced);
-                self.trail.save(&self.target.folder)
-            });
+            hypervisor.config_of(old).await?;
+            let ran = self.remember(old).await?;
+            let mut lost = Vec::new();
+            let aside = hypervisor.set_aside(lease, old, &mut lost).await;
+            self.notes.append(&mut lost);
+            let kept = match aside {
+                Ok(aside) => self.keep_definition(old, aside, ran).await,
+                Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
+                Err(e) => Err(e.into()),
+            };
+            let kept = match kept {
+                Ok(replaced) => {
+                    self.trail.replaced = Some(replaced);
+                    self.trail.keep(&self.target.folder).await
+                }
+                Err(e) => Err(e),
+            };
             if let Err(e) = kept {
                 self.leave(old, ran).await;
                 return Err(e);
@@ -62,6 +73,22 @@ impl Restore<'_> {
         }
     }
 
+    /// Whether the VM that is about to be turned off runs, or ran before an earlier attempt turned it off.
+    async fn remember(&mut self, old: VmGuid) -> Result<bool, JobError> {
+        if let Some(stopped) = self.trail.stopped.as_ref().filter(|stopped| stopped.vm == old) {
+            return Ok(stopped.ran);
+        }
+        let ran = match self.context.hypervisor.vm(old).await {
+            Ok(state) => state.vm.power == Power::Running,
+            // Of some hypervisors a VM that is off has no state.
+            Err(e) if e.is_absent() => false,
+            Err(e) => return Err(e.into()),
+        };
+        self.trail.stopped = Some(Stopped { vm: old, ran });
+        self.trail.keep(&self.target.folder).await?;
+        Ok(ran)
+    }
+
     /// The old VM is still there and stays: nothing of the new one has to.
     async fn leave(&mut self, old: VmGuid, ran: bool) {
         self.trail.replaced = None;
@@ -69,7 +96,10 @@ impl Restore<'_> {
             return;
         }
         match self.context.hypervisor.start_vm(&self.context.lease, old).await {
-            Ok(()) => self.notes.push("the VM that was to be replaced runs again".into()),
+            Ok(()) => {
+                self.trail.stopped = None;
+                self.notes.push("the VM that was to be replaced runs again".into());
+            }
             Err(e) => {
                 self.notes.push(format!("the VM that was to be replaced is off; start it ({e})"));
             }
@@ -77,38 +107,42 @@ impl Restore<'_> {
     }
 
     /// Copies the definition of the VM that is about to go: removing the VM removes it.
-    fn keep_definition(&self, vm: VmGuid, aside: SetAside) -> Result<Replaced, JobError> {
-        let place = self.target.folder.join(REPLACED);
-        let mut definition = None;
-        let mut folder = None;
-        for file in &aside.config {
-            std::fs::create_dir_all(&place).map_err(JobError::file("make the folder", &place))?;
-            let copy = place.join(file.file_name().unwrap_or_default());
-            std::fs::copy(file, &copy).map_err(JobError::file("copy", file))?;
-            std::fs::File::open(&copy)
-                .and_then(|f| f.sync_all())
-                .map_err(JobError::file("sync", &copy))?;
-            if self.context.hypervisor.is_definition(&copy) {
-                definition = Some(copy);
-                // `FOLDER/Virtual Machines/GUID.vmcx`
-                folder = file.parent().and_then(Path::parent).map(Path::to_owned);
-            }
-        }
+    async fn keep_definition(
+        &self,
+        vm: VmGuid,
+        aside: SetAside,
+        ran: bool,
+    ) -> Result<Replaced, JobError> {
+        let hypervisor = &self.context.hypervisor;
+        let config = &aside.config;
+        let (place, files) = (self.target.folder.join(REPLACED), config.clone());
+        let copies = super::blocking(move || copied(&files, &place)).await??;
+        let definition = config.iter().zip(copies).find(|(_, copy)| hypervisor.is_definition(copy));
+        // `FOLDER/Virtual Machines/GUID.vmcx`
+        let folder = definition.as_ref().and_then(|(file, _)| file.parent()?.parent());
         Ok(Replaced {
             vm,
             name: aside.name,
-            definition,
-            folder: folder.unwrap_or_default(),
+            folder: folder.map(Path::to_owned).unwrap_or_default(),
+            definition: definition.map(|(_, copy)| copy),
             restored: in_point(self.manifest, &aside.disks),
             disks: aside.disks.into_iter().map(|d| (d.slot, d.file)).collect(),
             group: aside.group,
-            ran: aside.ran,
+            ran,
         })
     }
 
     /// The new VM could not be made and the old one is gone: makes the old one again from its own files.
     async fn bring_back(&mut self, replaced: &Replaced, why: HypervisorError) -> JobError {
-        let Some(definition) = replaced.definition.clone() else { return why.into() };
+        let Some(definition) = replaced.definition.clone() else {
+            return JobError::Unrestorable(format!(
+                "the restored VM could not be made ({why}), and VM {:?}, which it was to replace, is gone and there is no copy of \
+                 its definition: make a VM with its disks, {}, or with the restored ones in {}",
+                replaced.name,
+                listed(&replaced.disks),
+                self.target.folder.display()
+            ));
+        };
         tracing::warn!(vm = %replaced.vm, error = %why, "bringing the replaced VM back");
         let old = NewVm {
             definition,
@@ -116,6 +150,7 @@ impl Restore<'_> {
             name: replaced.name.clone(),
             keep_guid: true,
             disks: replaced.disks.clone(),
+            as_it_was: true,
             clustered: replaced.group.is_some(),
             group: replaced.group.clone(),
             ..NewVm::default()
@@ -181,31 +216,11 @@ impl Restore<'_> {
                 continue;
             }
             gone.push(disk.clone());
-            super::remove_file(file);
-            for extension in TRACKING {
-                // `os.vhdx.rct`
-                let mut name = file.as_os_str().to_owned();
-                name.push(".");
-                name.push(extension);
-                super::remove_file(Path::new(&name));
-            }
         }
-        if let Err(e) = std::fs::remove_dir_all(&copy)
-            && e.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!(folder = %copy.display(), error = %e, "the copy of a definition stays behind");
-        }
-        let folders = replaced.disks.iter().filter_map(|(_, file)| file.parent());
-        let mut folders: Vec<PathBuf> = folders.map(Path::to_owned).collect();
-        folders.extend([
-            replaced.folder.join(super::DISKS),
-            replaced.folder.join(super::DEFINITION),
-            replaced.folder.join("Snapshots"),
-            replaced.folder.clone(),
-        ]);
-        for folder in folders.iter().filter(|f| f.starts_with(&replaced.folder)) {
-            // Only empty ones go.
-            let _ = std::fs::remove_dir(folder);
+        let (files, of) = (gone.clone(), replaced.clone());
+        match super::blocking(move || removed(&files, &of, &copy)).await {
+            Ok(stay) => self.stays(stay),
+            Err(e) => tracing::error!(error = %e, "files of the replaced VM may stay"),
         }
         self.notes
             .push(format!("the files of the VM that was replaced were removed: {}", listed(&gone)));
@@ -217,6 +232,58 @@ impl Restore<'_> {
             ));
         }
     }
+}
+
+/// Copies files into a folder, durably; gives the copies in the same order. Blocks.
+fn copied(files: &[PathBuf], place: &Path) -> Result<Vec<PathBuf>, JobError> {
+    let mut copies = Vec::new();
+    for file in files {
+        std::fs::create_dir_all(place).map_err(JobError::file("make the folder", place))?;
+        let copy = place.join(file.file_name().unwrap_or_default());
+        std::fs::copy(file, &copy).map_err(JobError::file("copy", file))?;
+        std::fs::File::open(&copy)
+            .and_then(|f| f.sync_all())
+            .map_err(JobError::file("sync", &copy))?;
+        copies.push(copy);
+    }
+    Ok(copies)
+}
+
+/// Removes disks of a replaced VM with what tracks their changes, the copy of its definition, and folders that are empty
+/// then; gives what could not be removed. Blocks.
+fn removed(disks: &[(String, PathBuf)], replaced: &Replaced, copy: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for (_, file) in disks {
+        files.push(file.clone());
+        for extension in TRACKING {
+            // `os.vhdx.rct`
+            let mut name = file.as_os_str().to_owned();
+            name.push(".");
+            name.push(extension);
+            files.push(name.into());
+        }
+    }
+    let mut stay: Vec<PathBuf> =
+        files.into_iter().filter(|file| !super::remove_file(file)).collect();
+    if let Err(e) = std::fs::remove_dir_all(copy)
+        && e.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(folder = %copy.display(), error = %e, "the copy of a definition stays behind");
+        stay.push(copy.to_owned());
+    }
+    let folders = replaced.disks.iter().filter_map(|(_, file)| file.parent());
+    let mut folders: Vec<PathBuf> = folders.map(Path::to_owned).collect();
+    folders.extend([
+        replaced.folder.join(super::DISKS),
+        replaced.folder.join(super::DEFINITION),
+        replaced.folder.join("Snapshots"),
+        replaced.folder.clone(),
+    ]);
+    for folder in folders.iter().filter(|f| f.starts_with(&replaced.folder)) {
+        // Only empty ones go.
+        let _ = std::fs::remove_dir(folder);
+    }
+    stay
 }
 
 /// The files of disks that a recovery point holds: by the disk's own id, since another disk may be where one of the point was.

@@ -32,7 +32,7 @@ pub(super) struct Target {
     pub(super) claimed: bool,
 }
 
-/// Chooses the place, or says why there is none.
+/// Chooses the place, or says why there is none. Blocks.
 pub(super) fn choose(
     manifest: &Manifest,
     work: &RestoreWork,
@@ -69,9 +69,11 @@ pub(super) fn choose(
             trail.made = Some(made.guid);
             unfinished = true;
         }
-        let replaces = match &trail.replaced {
-            Some(replaced) => Some(replaced.vm),
-            None => in_the_way(manifest, work, inventory, &name)?,
+        let replaces = match (&trail.replaced, trail.made) {
+            (Some(replaced), _) => Some(replaced.vm),
+            // It is there itself.
+            (None, Some(_)) => None,
+            (None, None) => in_the_way(manifest, work, inventory, &name)?,
         };
         let trail = Some(trail);
         return Ok(Target { name, folder, replaces, trail, unfinished, claimed: true });
@@ -218,35 +220,48 @@ impl Target {
     ///
     /// # Errors
     /// [`JobError`]: the folder is not this job's.
-    pub(super) fn claim(&mut self, chosen_by_operator: bool) -> Result<(), JobError> {
-        if self.claimed {
-            return Ok(());
+    pub(super) async fn claim(&mut self, chosen_by_operator: bool) -> Result<(), JobError> {
+        if !self.claimed {
+            let folder = self.folder.clone();
+            super::blocking(move || make(&folder, chosen_by_operator)).await??;
+            self.claimed = true;
         }
-        let parent = self.folder.parent().unwrap_or(&self.folder);
-        std::fs::create_dir_all(parent).map_err(JobError::file("make the folder", parent))?;
-        match std::fs::create_dir(&self.folder) {
-            Ok(()) => {}
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-                if !chosen_by_operator || has_content(&self.folder)? {
-                    return Err(not_empty(&self.folder));
-                }
-            }
-            Err(e) => return Err(JobError::file("make the folder", &self.folder)(e)),
-        }
-        self.claimed = true;
         Ok(())
     }
 
-    /// After a failure: removes the folder, if it is this job's.
-    pub(super) fn remove_what_was_made(&self) {
+    /// After a failure: removes the folder, if it is this job's; gives it when it could not be removed.
+    pub(super) async fn remove_what_was_made(&self) -> Vec<PathBuf> {
         if !self.claimed {
-            return;
+            return Vec::new();
         }
-        if let Err(e) = std::fs::remove_dir_all(&self.folder)
-            && e.kind() != ErrorKind::NotFound
-        {
-            tracing::warn!(folder = %self.folder.display(), error = %e, "files of a failed restore stay behind");
+        let folder = self.folder.clone();
+        let removed = super::blocking(move || match std::fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        });
+        let failed = match removed.await {
+            Ok(Ok(())) => return Vec::new(),
+            Ok(Err(e)) => e.to_string(),
+            Err(e) => e.to_string(),
+        };
+        tracing::warn!(folder = %self.folder.display(), error = failed, "files of a failed restore stay behind");
+        vec![self.folder.clone()]
+    }
+}
+
+/// Makes a folder that is not there, or is empty and was named by the operator. Blocks.
+fn make(folder: &Path, chosen_by_operator: bool) -> Result<(), JobError> {
+    let parent = folder.parent().unwrap_or(folder);
+    std::fs::create_dir_all(parent).map_err(JobError::file("make the folder", parent))?;
+    match std::fs::create_dir(folder) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+            if !chosen_by_operator || has_content(folder)? {
+                return Err(not_empty(folder));
+            }
+            Ok(())
         }
+        Err(e) => Err(JobError::file("make the folder", folder)(e)),
     }
 }
 
@@ -254,7 +269,8 @@ impl Target {
 pub(super) mod tests {
     use super::*;
     use crate::consistency::tests::state;
-    use crate::hypervisor::Power;
+    use crate::hypervisor::facts::Format;
+    use crate::hypervisor::{DiskSeen, Power};
     use outrider_proto::ids::{CheckpointId, JobId, PointId, VmIncarnation, VmKey, VmRole};
     use outrider_proto::manifest::{Machine, Tree};
 
@@ -283,8 +299,8 @@ pub(super) mod tests {
         }
     }
 
-    #[test]
-    fn an_existing_vm_is_only_replaced_when_that_was_asked_for() {
+    #[tokio::test]
+    async fn an_existing_vm_is_only_replaced_when_that_was_asked_for() {
         let vm = state(Power::Running, true).vm;
         let manifest = of(&vm);
         let inventory = Inventory { vms: vec![vm.clone()], ..Inventory::default() };
@@ -321,6 +337,21 @@ pub(super) mod tests {
         Trail::new(job, manifest.point).save(&begun.folder).expect("written");
         let again = choose(&manifest, &work, &inventory, &roots, job).expect("a place");
         assert_eq!((again.folder, again.trail.is_some()), (begun.folder.clone(), true));
+        // What it made is not in its own way.
+        let disk = DiskSeen {
+            disk_id: None,
+            size: 1,
+            slot: "0".into(),
+            path: begun.folder.join("os.vhdx").display().to_string(),
+            format: Format::Vhdx,
+            uncapturable: None,
+        };
+        let own = VmSeen { guid: VmGuid::random(), disks: vec![disk], ..vm.clone() };
+        let made = Inventory { vms: vec![own.clone()], ..Inventory::default() };
+        let plain = RestoreWork::default();
+        let again = choose(&manifest, &plain, &made, &roots, job).expect("its own VM");
+        assert_eq!(again.trail.and_then(|t| t.made), Some(own.guid));
+        assert_eq!((again.replaces, again.unfinished), (None, true));
         let other_job = choose(&manifest, &work, &inventory, &roots, JobId::random());
         assert_ne!(other_job.expect("a place").folder, begun.folder);
         // Overwriting what replication writes would make a mix of both.
@@ -333,12 +364,12 @@ pub(super) mod tests {
         let mut late =
             choose(&manifest, &work, &inventory, &roots, JobId::random()).expect("a place");
         std::fs::create_dir(&late.folder).expect("made by somebody else");
-        let refused = late.claim(false).expect_err("it is not ours");
+        let refused = late.claim(false).await.expect_err("it is not ours");
         assert!(refused.to_string().contains("not empty"), "{refused}");
-        late.remove_what_was_made();
+        late.remove_what_was_made().await;
         assert!(late.folder.exists());
-        late.claim(true).expect("an empty one that an operator names");
-        late.remove_what_was_made();
+        late.claim(true).await.expect("an empty one that an operator names");
+        late.remove_what_was_made().await;
         assert!(!late.folder.exists());
         // A volume that does not answer has no free folders: here, a file where a folder should be.
         let file = dir.path().join("no volume");

@@ -26,10 +26,21 @@ pub(super) struct Trail {
     pub(super) point: PointId,
     /// Disk files that are whole.
     pub(super) disks: Vec<String>,
+    /// Set before the VM that is replaced is turned off.
+    #[serde(default)]
+    pub(super) stopped: Option<Stopped>,
     /// Set before the VM that is replaced is removed.
     pub(super) replaced: Option<Replaced>,
     /// The restored VM, once it is real.
     pub(super) made: Option<VmGuid>,
+}
+
+/// A VM that is turned off to be replaced, as it was before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Stopped {
+    pub(super) vm: VmGuid,
+    /// It ran.
+    pub(super) ran: bool,
 }
 
 /// A VM that a restored one takes the place of: enough to bring it back.
@@ -64,7 +75,7 @@ impl Replaced {
 
 impl Trail {
     pub(super) fn new(job: JobId, point: PointId) -> Self {
-        Self { job, point, disks: Vec::new(), replaced: None, made: None }
+        Self { job, point, disks: Vec::new(), stopped: None, replaced: None, made: None }
     }
 
     /// The trail in a folder, if it is of this job.
@@ -85,7 +96,13 @@ impl Trail {
         Ok(trail.filter(|trail| trail.job == job))
     }
 
-    /// Writes it, durably.
+    /// As [`Trail::save`], elsewhere.
+    pub(super) async fn keep(&self, folder: &Path) -> Result<(), JobError> {
+        let (trail, folder) = (self.clone(), folder.to_owned());
+        super::blocking(move || trail.save(&folder)).await?
+    }
+
+    /// Writes it, durably. Blocks.
     pub(super) fn save(&self, folder: &Path) -> Result<(), JobError> {
         let path = folder.join(TRAIL);
         let failed = |e: std::io::Error| JobError::file("write", &path)(e);
@@ -95,8 +112,9 @@ impl Trail {
     }
 
     /// The restore is over.
-    pub(super) fn remove(folder: &Path) {
-        super::remove_file(&folder.join(TRAIL));
+    pub(super) async fn remove(folder: &Path) {
+        let file = folder.join(TRAIL);
+        super::blocking(move || super::remove_file(&file)).await.ok();
     }
 }
 
@@ -104,12 +122,13 @@ impl Trail {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_trail_reads_back_and_is_of_one_job_only() {
+    #[tokio::test]
+    async fn a_trail_reads_back_and_is_of_one_job_only() {
         let dir = tempfile::tempdir().expect("a folder");
         let job = JobId::random();
         let mut trail = Trail::new(job, PointId::random());
         trail.disks.push("os.vhdx".into());
+        trail.stopped = Some(Stopped { vm: VmGuid::random(), ran: true });
         trail.replaced = Some(Replaced {
             vm: VmGuid::random(),
             name: "웹".into(),
@@ -124,7 +143,7 @@ mod tests {
         let found = |job| Trail::find(dir.path(), job).expect("readable");
         assert_eq!(found(job), Some(trail));
         assert_eq!(found(JobId::random()), None);
-        Trail::remove(dir.path());
+        Trail::remove(dir.path()).await;
         assert_eq!(found(job), None);
     }
 }

@@ -15,7 +15,7 @@ use crate::error::LabError;
 use crate::hardware::{GroupSettings, Hardware};
 use crate::jobs::JobError;
 use crate::model::{CREATED, Checkpoint, DELETED, Disk, FrozenDisk, Power, State, Vm, guid};
-use crate::shape::Shape;
+use crate::shape::{Device, Shape};
 
 /// Longest definition file that is read.
 const MAX_DEFINITION: u64 = 1 << 20;
@@ -54,8 +54,11 @@ struct Definition {
 struct DefinedDisk {
     id: Uuid,
     location: u32,
-    /// None: pass-through.
+    /// None: no checkpoint holds it.
     path: Option<PathBuf>,
+    /// What such a disk is; none: pass-through.
+    #[serde(default)]
+    device: Option<Device>,
 }
 
 /// Folder, below the VM's, of its own configuration.
@@ -97,6 +100,7 @@ fn write_definition(vm: &Vm, stem: &Path, checkpoint: Option<Uuid>) -> Result<()
                 id: f.disk,
                 location: f.location,
                 path: Some(f.path.clone()),
+                device: None,
             };
             c.disks.iter().map(disk).collect()
         }
@@ -106,12 +110,18 @@ fn write_definition(vm: &Vm, stem: &Path, checkpoint: Option<Uuid>) -> Result<()
                 id: d.id,
                 location: d.location,
                 path: d.leaf().map(Path::to_owned),
+                device: None,
             };
             virtual_disks.map(disk).collect()
         }
     };
-    let others = vm.disks.iter().filter(|d| !d.is_virtual());
-    let others = others.map(|d| DefinedDisk { id: d.id, location: d.location, path: None });
+    // A checkpoint's definition names the disks that it left out, too.
+    let others = vm.disks.iter().filter(|d| !d.is_virtual()).map(|d| DefinedDisk {
+        id: d.id,
+        location: d.location,
+        path: None,
+        device: d.device.clone(),
+    });
     let mut disks: Vec<DefinedDisk> = virtual_disks.into_iter().chain(others).collect();
     disks.sort_by_key(|d| d.location);
     let of = frozen.map_or(&vm.hardware, |c| &c.hardware);
@@ -213,7 +223,7 @@ pub(crate) fn import(
         id: d.id,
         location: d.location,
         chain: d.path.iter().cloned().collect(),
-        device: None,
+        device: d.device.clone(),
         size: 0,
         disk_id: Uuid::nil(),
     });
@@ -382,6 +392,18 @@ pub(crate) fn validate(
             let text =
                 format!("Configuration version '{}' is not supported on this host.", vm.version);
             problems.push((classes::checkpoint_path(vm.id), text));
+        }
+        for disk in vm.disks.iter().filter(|d| !d.is_virtual()) {
+            let missing = match &disk.device {
+                Some(
+                    Device::Shared(file) | Device::VhdSet(file) | Device::PersistentMemory(file),
+                ) => {
+                    (!file.exists()).then(|| format!("disk {}: it cannot be found", file.display()))
+                }
+                Some(Device::FibreChannel) => None,
+                None => Some("the physical disk cannot be found on this host".to_owned()),
+            };
+            problems.extend(missing.map(|text| (classes::disk_path(id, disk), text)));
         }
         Some((vm.disks.clone(), vm.checkpoints.clone(), problems))
     });

@@ -352,7 +352,8 @@ impl Session {
 
     /// Refuses while WMI of this host is away.
     fn answers(&self, host: &str) -> Result<(), Refusal> {
-        match self.cluster.read(|s| s.ails(None, Some(host), |k| *k == FaultKind::WmiAway)) {
+        let away = |k: &FaultKind| (*k == FaultKind::WmiAway).then_some(());
+        match self.cluster.change(|s| s.strike(None, Some(host), away)).is_some() {
             true => {
                 Err(Refusal::Paused { what: format!("WMI of {host}"), code: EPT_S_NOT_REGISTERED })
             }

@@ -196,7 +196,7 @@ impl Surroundings {
 }
 
 /// A disk that no checkpoint holds, and the file that its settings name.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Device {
     FibreChannel,
     Shared(PathBuf),

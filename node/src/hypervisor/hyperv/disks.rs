@@ -12,7 +12,7 @@ use super::wql;
 use crate::hypervisor::DiskSeen;
 use crate::hypervisor::facts::Format;
 
-const PASS_THROUGH: &str = "Microsoft:Hyper-V:Physical Disk Drive";
+pub(super) const PASS_THROUGH: &str = "Microsoft:Hyper-V:Physical Disk Drive";
 const FIBRE_CHANNEL: &str = "Microsoft:Hyper-V:Synthetic FibreChannel Port";
 const PERSISTENT_MEMORY: &str = "Microsoft:Hyper-V:Persistent Memory Controller";
 const SCSI: &str = "Microsoft:Hyper-V:Synthetic SCSI Controller";
@@ -82,7 +82,7 @@ pub(super) fn has_scsi(parts: &[Object]) -> bool {
 }
 
 /// What the settings themselves tell of the disks.
-fn described(parts: &[Object]) -> Vec<DiskSeen> {
+pub(super) fn described(parts: &[Object]) -> Vec<DiskSeen> {
     let mut disks = Vec::new();
     for object in parts {
         let device = |why| {

@@ -2,17 +2,18 @@
 //! (facts, section 9.3).
 
 mod mend;
+mod slots;
 
 use std::path::Path;
 
 use outrider_proto::ids::VmGuid;
-use outrider_wmi::{NS_VIRTUALIZATION, Value};
+use outrider_wmi::{NS_VIRTUALIZATION, Object, Value};
 
 use super::HyperV;
 use super::call::{Call, provider};
-use super::wql::{self, PLANNED, SETTINGS, SYSTEM, literal};
-use crate::hypervisor::error::HypervisorError;
-use crate::hypervisor::{Defined, NewVm, Power};
+use super::wql::{self, PLANNED, REALIZED, SETTINGS, SYSTEM, literal};
+use crate::hypervisor::error::{HypervisorError, Retry};
+use crate::hypervisor::{Defined, NewVm, Power, VmSeen};
 use crate::lease::Lease;
 
 const SERVICE: &str = "Msvm_VirtualSystemManagementService";
@@ -31,7 +32,9 @@ impl HyperV {
         let (vm, mut mended) = match finished {
             Ok(finished) => finished,
             Err(e) => {
-                self.give_up_planned(lease, planned).await;
+                if let Err(left) = self.give_up_planned(lease, planned).await {
+                    tracing::warn!(vm = %planned, error = %left, "a planned VM may stay behind");
+                }
                 return Err(e);
             }
         };
@@ -40,6 +43,9 @@ impl HyperV {
     }
 
     /// Rights, saved state, cluster. There is a VM: what fails is told, and the VM stays.
+    ///
+    /// # Errors
+    /// Only that the lease is over.
     pub(super) async fn finish(
         &self,
         lease: &Lease,
@@ -54,9 +60,14 @@ impl HyperV {
                 new.folder.display()
             ));
         }
-        if new.discard_saved_state && self.vm_state(vm).await?.vm.power == Power::Saved {
-            self.request_state(lease, vm, TURN_OFF, "discard the saved state of").await?;
-            mended.push("its saved state was discarded: it starts as after a power cut".into());
+        if new.discard_saved_state {
+            match self.discard_saved_state(lease, vm).await {
+                Ok(told) => mended.extend(told),
+                Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
+                Err(e) => mended.push(format!(
+                    "its saved state could not be discarded ({e}): do that before it is started (Remove-VMSavedState)"
+                )),
+            }
         }
         if new.clustered {
             match self.make_highly_available(lease, vm, new.group.as_ref()).await {
@@ -68,6 +79,18 @@ impl HyperV {
         Ok(mended)
     }
 
+    async fn discard_saved_state(
+        &self,
+        lease: &Lease,
+        vm: VmGuid,
+    ) -> Result<Option<String>, HypervisorError> {
+        if self.vm_state(vm).await?.vm.power != Power::Saved {
+            return Ok(None);
+        }
+        self.request_state(lease, vm, TURN_OFF, "discard the saved state of").await?;
+        Ok(Some("its saved state was discarded: it starts as after a power cut".into()))
+    }
+
     /// Everything short of making the VM real, under a GUID of its own, and back.
     pub(super) async fn rehearse(&self, lease: &Lease, new: &NewVm) -> Result<(), HypervisorError> {
         let new = NewVm { keep_guid: false, clustered: false, ..new.clone() };
@@ -77,8 +100,8 @@ impl HyperV {
             self.validate(lease, planned).await
         };
         let checked = checked.await;
-        self.give_up_planned(lease, planned).await;
-        checked
+        let given_up = self.give_up_planned(lease, planned).await;
+        checked.and(given_up)
     }
 
     /// Gives the VM's account rights on its files. Blocks elsewhere.
@@ -98,18 +121,40 @@ impl HyperV {
         let doing = "look for VMs in the making";
         for system in self.query(doing, &format!("SELECT * FROM {PLANNED}")).await? {
             let Some(planned) = wql::named_guid(&system) else { continue };
-            let settings = self
-                .associated(doing, &system.path, "Msvm_SettingsDefineState", SETTINGS)
-                .await
+            let settings =
+                self.associated(doing, &system.path, "Msvm_SettingsDefineState", SETTINGS).await;
+            let settings = match settings {
+                Err(e) if e.retry() != Retry::No => return Err(e),
                 // One that arrives in a migration has none here.
-                .unwrap_or_default();
+                settings => settings.unwrap_or_default(),
+            };
             let root = settings.first().and_then(|s| s.str("ConfigurationDataRoot"));
             if root.is_some_and(|root| Path::new(root).starts_with(folder)) {
                 tracing::info!(vm = %planned, "removing a VM in the making that an earlier attempt left");
-                self.give_up_planned(lease, planned).await;
+                self.give_up_planned(lease, planned).await?;
             }
         }
         Ok(())
+    }
+
+    /// The VM that is real and has its definition or a disk in a folder.
+    pub(super) async fn real_vm_in(
+        &self,
+        folder: &Path,
+    ) -> Result<Option<VmGuid>, HypervisorError> {
+        let real =
+            format!("SELECT * FROM {SETTINGS} WHERE VirtualSystemType={}", literal(REALIZED));
+        let is_in = |o: &&Object| {
+            o.str("ConfigurationDataRoot").is_some_and(|root| Path::new(root).starts_with(folder))
+        };
+        let defined = self.query("look for VMs in a folder", &real).await?;
+        if let Some(vm) = defined.iter().find(is_in).and_then(wql::settings_guid) {
+            return Ok(Some(VmGuid(vm)));
+        }
+        let has_disk = |vm: &&VmSeen| {
+            vm.realized && vm.disks.iter().any(|disk| Path::new(&disk.path).starts_with(folder))
+        };
+        Ok(self.full_inventory().await?.vms.iter().find(has_disk).map(|vm| vm.guid))
     }
 
     async fn import_definition(
@@ -155,10 +200,21 @@ impl HyperV {
         let mended = self.mend(lease, planned, new).await?;
         self.validate(lease, planned).await?;
         let args = vec![("PlannedSystem", Value::Ref(self.planned_path(planned).await?))];
-        let finished =
-            self.manage(lease, "realize the planned VM", "RealizePlannedSystem", args).await?;
+        let realized =
+            self.manage(lease, "realize the planned VM", "RealizePlannedSystem", args).await;
         // A planned VM keeps its GUID when it becomes real.
-        let vm = finished.affected(SYSTEM).and_then(wql::named_guid).unwrap_or(planned);
+        let vm = match realized {
+            Ok(finished) => finished.affected(SYSTEM).and_then(wql::named_guid).unwrap_or(planned),
+            Err(HypervisorError::Lease(lost)) => return Err(lost.into()),
+            // It may have been made all the same.
+            Err(e) => match self.is_here(planned).await {
+                Ok(()) => {
+                    tracing::warn!(vm = %planned, error = %e, "the VM is there, whatever was said of it");
+                    planned
+                }
+                Err(_) => return Err(e),
+            },
+        };
         Ok((vm, mended))
     }
 
@@ -168,15 +224,12 @@ impl HyperV {
         Ok(())
     }
 
-    /// Removes a planned VM that cannot be finished; a failure is logged, the caller has the reason that matters.
-    async fn give_up_planned(&self, lease: &Lease, planned: VmGuid) {
-        let removed = async {
-            let args = vec![("AffectedSystem", Value::Ref(self.planned_path(planned).await?))];
-            self.manage(lease, "remove the planned VM", "DestroySystem", args).await
-        };
-        if let Err(e) = removed.await {
-            tracing::warn!(vm = %planned, error = %e, "a planned VM stays behind");
-        }
+    /// Removes a planned VM that cannot be finished.
+    async fn give_up_planned(&self, lease: &Lease, planned: VmGuid) -> Result<(), HypervisorError> {
+        let args = vec![("AffectedSystem", Value::Ref(self.planned_path(planned).await?))];
+        let doing = format!("remove the planned VM {planned}");
+        self.manage(lease, &doing, "DestroySystem", args).await?;
+        Ok(())
     }
 
     /// The object path of a planned VM, as the provider writes it: what its CreationClassName is, is told nowhere.

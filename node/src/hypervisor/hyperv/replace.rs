@@ -9,8 +9,9 @@ use tokio::time::Instant;
 
 use super::HyperV;
 use super::import::TURN_OFF;
+use super::snapshot::files_of;
 use super::user_checkpoints::USER_CHECKPOINT;
-use super::wql::{self, REALIZED, SETTINGS, literal};
+use super::wql::{self, SETTINGS, literal};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::{DiskAside, Power, SetAside, VmState};
 use crate::lease::Lease;
@@ -20,20 +21,25 @@ impl HyperV {
         &self,
         lease: &Lease,
         vm: VmGuid,
+        lost: &mut Vec<String>,
     ) -> Result<SetAside, HypervisorError> {
         let mut aside = SetAside {
             group: self.group_of(vm).await?.map(|(_, group)| group),
-            ran: self.vm_state(vm).await?.vm.power == Power::Running,
             ..SetAside::default()
         };
+        let power = self.vm_state(vm).await?.vm.power;
+        aside.ran = power == Power::Running;
         // First: a VM that stops while its cluster thinks it runs is a failure, and is started again.
         self.take_offline(lease, vm).await?;
         let state = self.vm_state(vm).await?;
         aside.name.clone_from(&state.vm.name);
         if state.vm.power != Power::Off {
             self.request_state(lease, vm, TURN_OFF, "turn off").await?;
+            if power == Power::Saved {
+                lost.push("the saved state of the VM that was replaced is gone".into());
+            }
         }
-        aside.lost = self.remove_all_checkpoints(lease, vm).await?;
+        self.remove_all_checkpoints(lease, vm, lost).await?;
         let state = self.until_merged(lease, vm).await?;
         let disks = state.vm.disks.iter().filter(|d| !d.path.is_empty());
         aside.disks = disks
@@ -44,11 +50,27 @@ impl HyperV {
                 id: d.disk_id,
             })
             .collect();
-        aside.config = match self.settings_by_type(vm, REALIZED).await?.into_iter().next() {
-            Some(settings) => self.existing_files(settings).await?,
-            None => Vec::new(),
-        };
+        aside.config = self.files_of_vm(vm).await?;
         Ok(aside)
+    }
+
+    /// The files that define a VM and go with its definition.
+    pub(super) async fn files_of_vm(&self, vm: VmGuid) -> Result<Vec<PathBuf>, HypervisorError> {
+        let files = match self.active_settings(vm).await? {
+            Some(settings) => files_of(&settings).await?,
+            None => return Err(HypervisorError::NoSuchVm { vm }),
+        };
+        let defines =
+            |file: &PathBuf| file.extension().is_some_and(|e| e.eq_ignore_ascii_case("vmcx"));
+        if files.iter().any(defines) {
+            return Ok(files);
+        }
+        Err(HypervisorError::Odd {
+            doing: format!("where the definition of VM {vm} is"),
+            detail: "the file that it names (.vmcx) is not there, so the VM could not be brought back if it were replaced; \
+                     restore under another name"
+                .into(),
+        })
     }
 
     async fn settings_by_type(
@@ -64,16 +86,16 @@ impl HyperV {
         self.query("read the settings of a VM", &wql).await
     }
 
-    /// Newest first; gives a sentence for each that was an administrator's.
+    /// Newest first; a sentence goes to `lost` for each that was an administrator's.
     async fn remove_all_checkpoints(
         &self,
         lease: &Lease,
         vm: VmGuid,
-    ) -> Result<Vec<String>, HypervisorError> {
+        lost: &mut Vec<String>,
+    ) -> Result<(), HypervisorError> {
         for checkpoint in self.recovery_checkpoints(vm).await? {
             self.remove_checkpoint(lease, vm, &checkpoint).await?;
         }
-        let mut lost = Vec::new();
         let mut users = self.settings_by_type(vm, USER_CHECKPOINT).await?;
         users.sort_by(|a, b| b.str("CreationTime").cmp(&a.str("CreationTime")));
         for settings in users {
@@ -83,7 +105,7 @@ impl HyperV {
             self.destroy_snapshot(lease, &doing, &settings.path).await?;
             lost.push(format!("the checkpoint {name:?} of the VM that was replaced is gone"));
         }
-        Ok(lost)
+        Ok(())
     }
 
     async fn until_merged(&self, lease: &Lease, vm: VmGuid) -> Result<VmState, HypervisorError> {

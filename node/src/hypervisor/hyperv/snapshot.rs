@@ -11,7 +11,8 @@ use outrider_wmi::{NS_VIRTUALIZATION, Object, Value, WmiError};
 
 use super::HyperV;
 use super::call::{Call, provider};
-use super::wql::{self, RECOVERY, SETTINGS, STORAGE, literal};
+use super::disks::described;
+use super::wql::{self, RECOVERY, SETTINGS, literal};
 use crate::hypervisor::error::{HypervisorError, Retry};
 use crate::hypervisor::{Checkpoint, CheckpointRequest, FrozenDisk};
 use crate::lease::Lease;
@@ -169,10 +170,20 @@ impl HyperV {
         // Also finds out that the checkpoint is gone.
         self.settings_of(checkpoint).await?;
         let parts = self
-            .associated(doing, &checkpoint.path, "Msvm_VirtualSystemSettingDataComponent", STORAGE)
+            .associated(doing, &checkpoint.path, "Msvm_VirtualSystemSettingDataComponent", "")
             .await?;
-        let mut disks: Vec<FrozenDisk> =
-            parts.iter().filter(|o| is_virtual_disk(o)).filter_map(frozen).collect();
+        // Settings may name disks that the checkpoint did not freeze, shared ones for instance: the guest goes on writing there.
+        let left_out: Vec<String> = described(&parts)
+            .into_iter()
+            .filter(|disk| disk.uncapturable.is_some())
+            .map(|disk| disk.slot)
+            .collect();
+        let mut disks: Vec<FrozenDisk> = parts
+            .iter()
+            .filter(|o| is_virtual_disk(o))
+            .filter_map(frozen)
+            .filter(|disk| !left_out.contains(&disk.slot))
+            .collect();
         disks.sort_by(|a, b| wql::order_of(&a.slot).cmp(&wql::order_of(&b.slot)));
         Ok(disks)
     }
@@ -181,19 +192,7 @@ impl HyperV {
         &self,
         checkpoint: &Checkpoint,
     ) -> Result<Vec<PathBuf>, HypervisorError> {
-        self.existing_files(self.settings_of(checkpoint).await?).await
-    }
-
-    /// As `files_of`, elsewhere: a volume may be away.
-    pub(super) async fn existing_files(
-        &self,
-        settings: Object,
-    ) -> Result<Vec<PathBuf>, HypervisorError> {
-        let look = tokio::task::spawn_blocking(move || files_of(&settings));
-        look.await.map_err(|_| HypervisorError::Odd {
-            doing: "look for configuration files".into(),
-            detail: "a thread of the agent failed".into(),
-        })
+        files_of(&self.settings_of(checkpoint).await?).await
     }
 
     /// Removes a checkpoint of any kind, of a VM or of a planned one.
@@ -245,34 +244,52 @@ pub(super) fn checkpoint(settings: &Object) -> Option<Checkpoint> {
 }
 
 /// The configuration files that settings (of a VM or a checkpoint) name and that exist.
-fn files_of(settings: &Object) -> Vec<PathBuf> {
+///
+/// # Errors
+/// It cannot be told whether one exists: a volume that does not answer has not lost it.
+pub(super) async fn files_of(settings: &Object) -> Result<Vec<PathBuf>, HypervisorError> {
+    let settings = settings.clone();
+    let looked = tokio::task::spawn_blocking(move || files_that_exist(&settings)).await;
+    looked.unwrap_or_else(|e| {
+        Err(HypervisorError::File { path: PathBuf::new(), reason: e.to_string() })
+    })
+}
+
+/// As [`files_of`]. Blocks.
+fn files_that_exist(settings: &Object) -> Result<Vec<PathBuf>, HypervisorError> {
     let text = |name| settings.str(name).unwrap_or_default();
-    let definition = joined(text("ConfigurationDataRoot"), text("ConfigurationFile"));
-    let mut found = set_of(&definition);
+    let set_of = |definition: &std::path::Path| {
+        existing(CONFIG_EXTENSIONS.iter().map(|e| definition.with_extension(e)).collect())
+    };
+    let mut found = set_of(&joined(text("ConfigurationDataRoot"), text("ConfigurationFile")))?;
     if found.is_empty() && !text("ConfigurationID").is_empty() {
         // Where others look for a checkpoint's files, whatever its settings say.
         let name = format!("{}.vmcx", text("ConfigurationID"));
-        found = set_of(&joined(text("ConfigurationDataRoot"), "Snapshots").join(name));
+        found = set_of(&joined(text("ConfigurationDataRoot"), "Snapshots").join(name))?;
     }
     // The guest state may lie elsewhere.
-    let guest_state = joined(text("GuestStateDataRoot"), text("GuestStateFile"));
-    if guest_state.is_file() && !found.iter().any(|f| same_but_for_case(f, &guest_state)) {
-        found.push(guest_state);
+    if !text("GuestStateFile").is_empty() {
+        found.push(joined(text("GuestStateDataRoot"), text("GuestStateFile")));
+        found = existing(found)?;
     }
-    found
+    Ok(found)
 }
 
-/// The files of one configuration that exist.
-fn set_of(definition: &std::path::Path) -> Vec<PathBuf> {
+/// Those of the files that there are. Blocks.
+fn existing(named: Vec<PathBuf>) -> Result<Vec<PathBuf>, HypervisorError> {
     let mut found: Vec<PathBuf> = Vec::new();
-    for extension in CONFIG_EXTENSIONS {
-        let file = definition.with_extension(extension);
-        let known = found.iter().any(|f| same_but_for_case(f, &file));
-        if !known && file.is_file() {
-            found.push(file);
+    for file in named {
+        if found.iter().any(|f| same_but_for_case(f, &file)) {
+            continue;
+        }
+        match std::fs::metadata(&file) {
+            Ok(metadata) if metadata.is_file() => found.push(file),
+            Ok(_) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(HypervisorError::File { path: file, reason: e.to_string() }),
         }
     }
-    found
+    Ok(found)
 }
 
 pub(super) fn is_virtual_disk(settings: &Object) -> bool {
@@ -302,8 +319,8 @@ fn same_but_for_case(a: &std::path::Path, b: &std::path::Path) -> bool {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_checkpoints_files_are_found_where_settings_say_else_by_its_id() {
+    #[tokio::test]
+    async fn a_checkpoints_files_are_found_where_settings_say_else_by_its_id() {
         let dir = tempfile::tempdir().expect("a folder");
         let (root, id) = (dir.path(), "0B1C-2");
         let folder = root.join("Snapshots");
@@ -318,7 +335,27 @@ mod tests {
                 .with("ConfigurationFile", file)
         };
         for file in [r"Snapshots\0B1C-2.vmcx", "elsewhere.vmcx", ""] {
-            assert_eq!(files_of(&settings(file)).len(), 2, "{file}");
+            assert_eq!(files_of(&settings(file)).await.expect("told").len(), 2, "{file}");
         }
+    }
+
+    #[tokio::test]
+    async fn only_a_file_that_is_not_there_is_absent() {
+        use crate::hypervisor::error::Retry;
+        let dir = tempfile::tempdir().expect("a folder");
+        let of = |root: &std::path::Path| {
+            Object::new(SETTINGS, "s")
+                .with("ConfigurationDataRoot", root.display().to_string())
+                .with("ConfigurationFile", r"Snapshots\A.vmcx")
+        };
+        assert_eq!(files_of(&of(dir.path())).await.expect("none"), [] as [PathBuf; 0]);
+        std::fs::create_dir(dir.path().join("Snapshots")).expect("made");
+        let file = dir.path().join("Snapshots").join("A.vmrs");
+        std::fs::write(&file, b"state").expect("written");
+        assert_eq!(files_of(&of(dir.path())).await.expect("one"), [file.clone()]);
+        // No answer: here, a file where a folder should be.
+        let unknown = files_of(&of(&file)).await.expect_err("it cannot be told");
+        assert_eq!(unknown.retry(), Retry::Later, "{unknown}");
+        assert!(unknown.to_string().contains("A.vmrs"), "{unknown}");
     }
 }

@@ -47,16 +47,11 @@ pub(super) async fn disks(
     tree: &mut UserCheckpoints,
     disks: &[SourceFacts],
 ) -> Result<Vec<TreeDisk>, JobError> {
-    let mut found: Vec<TreeDisk> = disks
-        .iter()
-        .enumerate()
-        .map(|(now, disk)| TreeDisk {
-            now: Some(now),
-            like: disk.described(),
-            chain: real(&disk.disk.files()),
-            layers: Vec::new(),
-        })
-        .collect();
+    let mut found = Vec::with_capacity(disks.len());
+    for (now, disk) in disks.iter().enumerate() {
+        let chain = real(context, disk.disk.files()).await?;
+        found.push(TreeDisk { now: Some(now), like: disk.described(), chain, layers: Vec::new() });
+    }
     let mut of_checkpoints = Vec::new();
     let mut later = Vec::new();
     for user in &tree.all {
@@ -64,7 +59,7 @@ pub(super) async fn disks(
         let opened = capture::open_disks(context, frozen).await?;
         let mut of_it = Vec::with_capacity(opened.len());
         for disk in opened {
-            let (like, chain) = (disk.described(), real(&disk.disk.files()));
+            let (like, chain) = (disk.described(), real(context, disk.disk.files()).await?);
             let source = LayerDisk::of(context.sources.clone(), disk.path, &disk.disk);
             of_it.push((like, chain, Arc::new(source)));
         }
@@ -102,8 +97,9 @@ fn is_same(a: &DiskManifest, b: &DiskManifest) -> bool {
 }
 
 /// The files by their real places: two chains may name one file in two ways.
-fn real(files: &[PathBuf]) -> Vec<PathBuf> {
-    files.iter().map(|f| f.canonicalize().unwrap_or_else(|_| f.clone())).collect()
+async fn real(context: &JobContext, files: Vec<PathBuf>) -> Result<Vec<PathBuf>, JobError> {
+    let place = |file: PathBuf| file.canonicalize().unwrap_or(file);
+    Ok(context.pool.run(move || files.into_iter().map(place).collect()).await?)
 }
 
 impl SourceFacts {

@@ -340,6 +340,10 @@ fn all_disks(vm: &Vm) -> Vec<Object> {
             let disk = vm.disk(frozen.disk).cloned().unwrap_or_else(former);
             out.extend(disk_settings(checkpoint.id, &disk, Some(&frozen.path)));
         }
+        // Disks that it left out are listed, too.
+        for disk in vm.disks.iter().filter(|d| !d.is_virtual()) {
+            out.extend(disk_settings(checkpoint.id, disk, None));
+        }
     }
     out
 }

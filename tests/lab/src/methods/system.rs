@@ -118,7 +118,7 @@ fn import_checkpoints(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Re
     ))
 }
 
-/// Takes an image out of its drive, or the connection from an adapter: of a planned VM.
+/// Takes an image out of its drive, the connection from an adapter, or a disk: of a planned VM or its checkpoint.
 fn remove_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refusal> {
     let ids: Vec<String> = call
         .args
@@ -148,6 +148,12 @@ fn remove_resources(cluster: &Arc<Cluster>, call: &Call) -> Result<Outcome, Refu
                 return Err(JobError::new(32773, "no such planned VM"));
             };
             for (config, part) in &parsed {
+                if *config == vm {
+                    planned.disks.retain(|d| d.id != *part);
+                }
+                for checkpoint in planned.checkpoints.iter_mut().filter(|c| c.id == *config) {
+                    checkpoint.disks.retain(|d| d.disk != *part);
+                }
                 let Some(hardware) = planned.hardware_of(*config) else { continue };
                 for drive in hardware.drives.iter_mut().filter(|d| d.id == *part) {
                     drive.image = None;

@@ -7,13 +7,12 @@ use outrider_proto::ids::VmGuid;
 use outrider_proto::manifest::Switch;
 use outrider_wmi::{Object, Value};
 
-use super::odd;
+use super::{odd, slots};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::hyperv::HyperV;
 use crate::hypervisor::hyperv::machine::{
     CONNECTION, DISABLED, PORT, asked_switch, is_image, switch_path,
 };
-use crate::hypervisor::hyperv::snapshot::is_virtual_disk;
 use crate::hypervisor::hyperv::wql::{self, SETTINGS, literal};
 use crate::hypervisor::{Networks, NewVm, RestoredCheckpoint};
 use crate::lease::Lease;
@@ -48,11 +47,15 @@ impl HyperV {
         let parts = self.associated(reading, &settings.path, COMPONENT, "").await?;
         let mut mended = Vec::new();
 
-        let disks = fixed_disks(&parts, |slot| file_for(&new.disks, slot))?;
-        self.modify(lease, "set the disks of the planned VM", &disks).await?;
+        let disks = slots::assign(&parts, &new.disks, new.as_it_was)?;
+        self.modify(lease, "set the disks of the planned VM", &disks.set).await?;
+        self.take_out(lease, "take disks out of the planned VM", &disks.out).await?;
+        mended.extend(disks.out.iter().map(|disk| slots::told(disk, "the VM")));
         self.mend_checkpoints(lease, planned, new, &mut mended).await?;
         self.fit_devices(lease, &parts, new, &mut mended).await?;
-        let settings = rooted(settings, new, &mut mended);
+        let roots: Vec<&str> = ROOTS.iter().filter_map(|(root, _)| settings.str(root)).collect();
+        let absent = absent(roots.into_iter()).await;
+        let settings = rooted(settings, new, &absent, &mut mended);
         let args = vec![("SystemSettings", Value::Object(Box::new(settings)))];
         self.manage(lease, "name the planned VM", "ModifySystemSettings", args).await?;
         Ok(mended)
@@ -68,20 +71,17 @@ impl HyperV {
     ) -> Result<(), HypervisorError> {
         let connections = connections(parts, &self.switches().await?, new, mended)?;
         self.modify(lease, "connect the adapters of the planned VM", &connections).await?;
-        let missing: Vec<&Object> = parts.iter().filter(|o| is_missing_image(o)).collect();
+        let absent = absent(parts.iter().filter_map(image_of)).await;
+        let is_missing =
+            |o: &&Object| image_of(o).is_some_and(|file| absent.iter().any(|gone| gone == file));
+        let missing: Vec<&Object> = parts.iter().filter(is_missing).collect();
         for image in &missing {
-            let file = image.array("HostResource").first().and_then(Value::as_str);
             mended.push(format!(
                 "the image {:?} is not there for this host: it was ejected",
-                file.unwrap_or_default()
+                image_of(image).unwrap_or_default()
             ));
         }
-        if !missing.is_empty() {
-            let paths: Vec<Value> = missing.iter().map(|o| Value::Ref(o.path.clone())).collect();
-            let args = vec![("ResourceSettings", Value::Array(paths))];
-            self.manage(lease, "eject missing images", "RemoveResourceSettings", args).await?;
-        }
-        Ok(())
+        self.take_out(lease, "eject missing images", &missing).await
     }
 
     async fn modify(
@@ -96,6 +96,21 @@ impl HyperV {
         let objects = settings.iter().map(|o| Value::Object(Box::new(o.clone()))).collect();
         let args = vec![("ResourceSettings", Value::Array(objects))];
         self.manage(lease, doing, "ModifyResourceSettings", args).await?;
+        Ok(())
+    }
+
+    async fn take_out(
+        &self,
+        lease: &Lease,
+        doing: &str,
+        parts: &[&Object],
+    ) -> Result<(), HypervisorError> {
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let paths: Vec<Value> = parts.iter().map(|o| Value::Ref(o.path.clone())).collect();
+        let args = vec![("ResourceSettings", Value::Array(paths))];
+        self.manage(lease, doing, "RemoveResourceSettings", args).await?;
         Ok(())
     }
 
@@ -167,8 +182,12 @@ impl HyperV {
     ) -> Result<(), HypervisorError> {
         let reading = "read a checkpoint of the planned VM";
         let parts = self.associated(reading, &settings.path, COMPONENT, "").await?;
-        let disks = fixed_disks(&parts, |slot| file_for(&restored.disks, slot))?;
-        self.modify(lease, "set the disks of a checkpoint of the planned VM", &disks).await?;
+        let disks = slots::assign(&parts, &restored.disks, false)?;
+        self.modify(lease, "set the disks of a checkpoint of the planned VM", &disks.set).await?;
+        let doing = "take disks out of a checkpoint of the planned VM";
+        self.take_out(lease, doing, &disks.out).await?;
+        let of = format!("the checkpoint {:?}", restored.name);
+        mended.extend(disks.out.iter().map(|disk| slots::told(disk, &of)));
         let mut of_it = Vec::new();
         // Told with the VM itself: its adapters' addresses.
         let as_told = NewVm { keep_guid: true, ..new.clone() };
@@ -200,43 +219,20 @@ fn restored_as<'a>(
     })
 }
 
-/// The restored file of a slot. With a new GUID the disk part of the slot may be new, too; controller and location are not.
-fn file_for<'a>(disks: &'a [(String, std::path::PathBuf)], slot: &str) -> Option<&'a Path> {
-    let place = |slot: &str| slot.split_once('\\').map(|(_, place)| place.to_ascii_lowercase());
-    let same = disks.iter().find(|(s, _)| s.eq_ignore_ascii_case(slot));
-    let file = same.or_else(|| {
-        // Two controllers have the same places: better no disk than another one's.
-        let mut there = disks.iter().filter(|(s, _)| place(s) == place(slot));
-        there.next().filter(|_| there.next().is_none())
-    });
-    file.map(|(_, file)| file.as_path())
+/// The image in a drive.
+fn image_of(settings: &Object) -> Option<&str> {
+    let file = settings.array("HostResource").first().and_then(Value::as_str);
+    file.filter(|file| is_image(settings) && !file.is_empty())
 }
 
-/// The disks' settings with the restored files in them.
-fn fixed_disks<'a>(
-    parts: &[Object],
-    file: impl Fn(&str) -> Option<&'a Path>,
-) -> Result<Vec<Object>, HypervisorError> {
-    let mut out = Vec::new();
-    for object in parts.iter().filter(|o| is_virtual_disk(o)) {
-        let slot = object.str("InstanceID").and_then(wql::slot).unwrap_or_default();
-        let file = file(slot).ok_or_else(|| {
-            odd("set the disks of the planned VM", &format!("no restored disk for its slot {slot}"))
-        })?;
-        let mut object = object.clone();
-        object.set("HostResource", vec![file.display().to_string()]);
-        out.push(object);
-    }
-    Ok(out)
-}
-
-fn is_missing_image(settings: &Object) -> bool {
-    is_image(settings)
-        && settings
-            .array("HostResource")
-            .first()
-            .and_then(Value::as_str)
-            .is_some_and(|file| !file.is_empty() && !Path::new(file).exists())
+/// Those of the files and folders that do not exist. Looks elsewhere: an image may lie on a server that does not answer.
+async fn absent<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut paths: Vec<String> = paths.map(str::to_owned).collect();
+    let look = move || {
+        paths.retain(|path| !Path::new(path).exists());
+        paths
+    };
+    tokio::task::spawn_blocking(look).await.unwrap_or_default()
 }
 
 /// How one connection is made.
@@ -340,7 +336,12 @@ fn is_adapter(kind: &str) -> bool {
 }
 
 /// Name and folders of the VM; folders that do not exist here are told.
-fn rooted(mut settings: Object, new: &NewVm, mended: &mut Vec<String>) -> Object {
+fn rooted(
+    mut settings: Object,
+    new: &NewVm,
+    absent: &[String],
+    mended: &mut Vec<String>,
+) -> Object {
     let folder = new.folder.display().to_string();
     for (property, what) in ROOTS {
         // Hosts before version 1709 (Server 2016) have no folder for guest state, and refuse settings that name it.
@@ -348,7 +349,7 @@ fn rooted(mut settings: Object, new: &NewVm, mended: &mut Vec<String>) -> Object
             continue;
         }
         let before = settings.str(property).unwrap_or_default().to_owned();
-        if !before.is_empty() && before != folder && !Path::new(&before).exists() {
+        if !before.is_empty() && before != folder && absent.contains(&before) {
             mended.push(format!(
                 "the {what} {before:?} does not exist here: it was reset to the VM's own folder"
             ));
@@ -407,7 +408,8 @@ mod tests {
             .with("SnapshotDataRoot", "/nowhere/to/be/found")
             .with("SwapFileDataRoot", "/");
         let mut mended = Vec::new();
-        let after = rooted(before, &new, &mut mended);
+        let absent = ["/nowhere/to/be/found".to_owned()];
+        let after = rooted(before, &new, &absent, &mut mended);
         assert_eq!(after.str("SnapshotDataRoot"), Some("/restored"));
         assert_eq!(after.str("SwapFileDataRoot"), Some("/restored"));
         assert_eq!(after.get("GuestStateDataRoot"), &Value::Null, "this host has none");

@@ -116,7 +116,7 @@ async fn a_vm_that_was_set_aside_comes_back_as_it_was_also_where_no_restore_had_
     let agent = host.agent().await;
     seen(&agent, guid).await;
     let lease = lease();
-    let aside = agent.set_aside(&lease, guid).await.expect("set aside");
+    let aside = agent.set_aside(&lease, guid, &mut Vec::new()).await.expect("set aside");
     assert!(aside.ran && aside.name == "web", "{aside:?}");
     assert!(aside.config.iter().all(|file| agent.is_definition(file)), "{aside:?}");
     let files: Vec<_> = aside.disks.iter().map(|d| (d.slot.clone(), d.file.clone())).collect();
@@ -159,7 +159,8 @@ async fn a_vm_that_only_its_starter_can_start_is_not_stopped_for_a_restore() {
         Vm::start(&host, VmGuid::random(), &[&image], &["-smbios", "type=11,value=fd=7"]).await;
     let agent = host.agent().await;
     let guid = agent.inventory().await.expect("listed").vms[0].guid;
-    let refused = agent.set_aside(&lease(), guid).await.expect_err("refused").to_string();
+    let refused =
+        agent.set_aside(&lease(), guid, &mut Vec::new()).await.expect_err("refused").to_string();
     assert!(refused.contains("could not be brought back"), "{refused}");
     assert!(agent.fleet.find(guid).is_some() && !host.folder.join("web.json").exists());
     vm.ask("query-status", Value::Null).await;
