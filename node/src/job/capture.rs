@@ -6,6 +6,7 @@ mod disks;
 mod machine;
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use futures::FutureExt;
@@ -133,10 +134,7 @@ pub(super) async fn run(
             format!("only the disks of this point can be restored, no VM can be made of it: {why}");
         warnings.push(sentence.clone());
         said.push(sentence);
-    }
-    let is_definition =
-        |file: &ConfigFile| context.hypervisor.is_definition(std::path::Path::new(&file.name));
-    if !config.iter().any(is_definition) {
+    } else if !config.iter().any(|f| context.hypervisor.is_definition(Path::new(&f.name))) {
         warnings.push(
             "the checkpoint has no file that defines the VM (.vmcx): this point restores as disks alone (outrider export); see \
              what keeps the host from writing it, and back up again"

@@ -387,21 +387,6 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_goes_to_its_slot_or_to_the_only_one_of_its_place() {
-        let disk = |slot: &str, file: &str| (slot.to_owned(), std::path::PathBuf::from(file));
-        let one = [disk(r"A\0\0\L", "system"), disk(r"A\0\1\L", "data")];
-        assert_eq!(file_for(&one, r"a\0\1\l"), Some(Path::new("data")));
-        assert_eq!(
-            file_for(&one, r"NEW\0\1\L"),
-            Some(Path::new("data")),
-            "a controller of a new GUID"
-        );
-        let two = [disk(r"A\0\0\L", "system"), disk(r"B\0\0\L", "data")];
-        assert_eq!(file_for(&two, r"B\0\0\L"), Some(Path::new("data")));
-        assert_eq!(file_for(&two, r"NEW\0\0\L"), None, "which of the two is not known");
-    }
-
-    #[test]
     fn a_folder_that_does_not_exist_is_reset_and_told_once() {
         let new = NewVm { folder: "/restored".into(), name: "web".into(), ..NewVm::default() };
         let before = Object::new(SETTINGS, "s")

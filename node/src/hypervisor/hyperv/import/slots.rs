@@ -50,11 +50,11 @@ pub(super) fn assign<'a>(
         found.iter().filter(|f| is_open(f)).map(|(d, _)| place(slot_of(d))).collect();
     let once = |all: &[String], wanted: &String| all.iter().filter(|p| *p == wanted).count() == 1;
     let of_files: Vec<String> = left.iter().map(|(slot, _)| place(slot)).collect();
-    for at in 0..found.len() {
-        let wanted = place(slot_of(found[at].0));
-        if is_open(&found[at]) && once(&places, &wanted) && once(&of_files, &wanted) {
+    for disk in &mut found {
+        let wanted = place(slot_of(disk.0));
+        if is_open(disk) && once(&places, &wanted) && once(&of_files, &wanted) {
             let file = left.iter().position(|(slot, _)| place(slot) == wanted);
-            found[at].1 = file.map(|file| left.remove(file).1.as_path());
+            disk.1 = file.map(|file| left.remove(file).1.as_path());
         }
     }
     if !left.is_empty() {
