@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outrider_lab::{GateSpec, WaitFor};
+use outrider_lab::{HoldSpec, WaitFor, When};
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_tests::fabric::MIB;
 use outrider_tests::wait::DEADLINE;
@@ -19,15 +19,21 @@ fn plan() -> Plan {
     Plan { coordinator_settings: settings, vm_wait: "1s", ..Plan::default() }
 }
 
-/// Deletes a VM whose backup has read a part of its checkpoint; gives the job.
+/// Deletes a VM whose backup has just made its checkpoint; gives the job. (Files that are open already can be read to their end, and
+/// then there may be a point.)
 async fn deleted_in_mid_backup(fabric: &Fabric, vm: &str) -> String {
     fabric.write(vm, 8 * MIB, 3).await;
-    let gate = GateSpec { vm: vm.to_owned(), host: None, budget: 2 * MIB };
-    let gate = fabric.lab.set_gate(gate).await.expect("a gate");
+    let made = HoldSpec {
+        method: "CreateSnapshot".into(),
+        vm: Some(vm.to_owned()),
+        host: None,
+        when: When::After,
+    };
+    let hold = fabric.lab.hold(made).await.expect("a hold");
     let job = fabric.operator.backup(vm, BackupKind::Incremental).await;
-    fabric.lab.wait(WaitFor::GateBlocked { gate }, DEADLINE).await.expect("the job reads");
+    fabric.lab.wait(WaitFor::MethodHeld { hold }, DEADLINE).await.expect("it is made");
     fabric.lab.delete_vm(vm).await.expect("deleted");
-    fabric.lab.release_gate(gate).await.expect("open");
+    fabric.lab.release(hold).await.expect("released");
     eventually("the VM is called gone", async || {
         let state = fabric.operator.vm(vm).await.map_err(|e| e.to_string())?.state;
         if state == "gone" { Ok(()) } else { Err(state) }
