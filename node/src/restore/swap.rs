@@ -241,9 +241,9 @@ fn copied(files: &[PathBuf], place: &Path) -> Result<Vec<PathBuf>, JobError> {
         std::fs::create_dir_all(place).map_err(JobError::file("make the folder", place))?;
         let copy = place.join(file.file_name().unwrap_or_default());
         std::fs::copy(file, &copy).map_err(JobError::file("copy", file))?;
-        std::fs::File::open(&copy)
-            .and_then(|f| f.sync_all())
-            .map_err(JobError::file("sync", &copy))?;
+        // Windows syncs only what is open for writing.
+        let opened = std::fs::OpenOptions::new().write(true).open(&copy);
+        opened.and_then(|f| f.sync_all()).map_err(JobError::file("sync", &copy))?;
         copies.push(copy);
     }
     Ok(copies)
@@ -312,6 +312,20 @@ pub(super) fn listed(disks: &[(String, PathBuf)]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_definition_is_copied_whole_and_durably_on_every_system() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let files = ["a.vmcx", "a.vmrs"].map(|name| dir.path().join(name));
+        for file in &files {
+            std::fs::write(file, file.display().to_string()).expect("written");
+        }
+        let copies = copied(&files, &dir.path().join("copies")).expect("copied and synced");
+        for (file, copy) in files.iter().zip(&copies) {
+            assert_eq!(std::fs::read(copy).expect("there"), std::fs::read(file).expect("there"));
+            assert_eq!(copy.file_name(), file.file_name());
+        }
+    }
 
     #[test]
     fn only_what_the_point_holds_may_go() {
