@@ -33,7 +33,10 @@ impl Pipeline {
         concerned: &(dyn Fn(&ChunkId) -> bool + Sync),
     ) -> Result<(), PipelineError> {
         let leaves: Vec<(LeafKey, ChunkId)> = {
-            let state = self.state();
+            let mut state = self.state();
+            // Of what was sent lately nothing is known any more, that of leaves whose pages are gone, too: each id that is met
+            // again is asked for again.
+            state.recent = Default::default();
             let of_disk = |(disk, leaves): (usize, &std::collections::BTreeMap<u64, ChunkId>)| {
                 leaves.iter().map(|(leaf, page)| ((disk, *leaf), *page)).collect::<Vec<_>>()
             };
