@@ -1,7 +1,7 @@
 //! Opening the segments of a store after whatever ended the last process.
 //!
 //! Sealed segments are taken by their footers and never cut. Unsealed ones are scanned whole: damage below the watermark
-//! is reported, torn bytes above it are cut, the rest is written once more and synced (see [`write_again`]), and only then
+//! is reported, torn bytes above it are cut, the rest is written once more and synced (see `write_again`), and only then
 //! the tables are made to agree.
 
 use std::collections::{BTreeMap, BTreeSet};
