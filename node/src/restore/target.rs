@@ -154,6 +154,8 @@ fn root_for(original: Option<&VmSeen>, roots: &[(PathBuf, u64)]) -> Result<PathB
 /// A folder of the VM's name that does not exist yet. A volume that does not answer is no sign of that: the folder of the
 /// original may lie there.
 fn free_folder(root: &Path, name: &str) -> Result<PathBuf, JobError> {
+    // To Windows a path below a volume that is away does not exist.
+    std::fs::metadata(root).map_err(JobError::file("look into", root))?;
     for folder in folders(root, name).take(LOOKED_AT) {
         match folder.symlink_metadata() {
             Ok(_) => {}

@@ -353,9 +353,11 @@ mod tests {
         let file = dir.path().join("Snapshots").join("A.vmrs");
         std::fs::write(&file, b"state").expect("written");
         assert_eq!(files_of(&of(dir.path())).await.expect("one"), std::slice::from_ref(&file));
-        // No answer: here, a file where a folder should be.
-        let unknown = files_of(&of(&file)).await.expect_err("it cannot be told");
-        assert_eq!(unknown.retry(), Retry::Later, "{unknown}");
-        assert!(unknown.to_string().contains("A.vmrs"), "{unknown}");
+        // No answer: here, a file where a folder should be, which Windows calls absent, too.
+        if cfg!(unix) {
+            let unknown = files_of(&of(&file)).await.expect_err("it cannot be told");
+            assert_eq!(unknown.retry(), Retry::Later, "{unknown}");
+            assert!(unknown.to_string().contains("A.vmrs"), "{unknown}");
+        }
     }
 }
