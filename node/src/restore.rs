@@ -74,23 +74,17 @@ pub async fn export_disks(
     manifest: &Manifest,
     dir: &Path,
 ) -> Result<Vec<PathBuf>, RestoreError> {
-    let mut written = Vec::new();
+    let mut names: Vec<String> = Vec::new();
     for (index, disk) in manifest.disks.iter().enumerate() {
         let name = safe_name(&disk.file_name, &format!("disk{index}"));
-        let taken: Vec<String> =
-            written.iter().filter_map(|path: &PathBuf| name_in(path)).collect();
-        let taken: Vec<&str> = taken.iter().map(String::as_str).collect();
-        let path = dir.join(files::unlike(&taken, named_as(&name, image_extension(disk))));
-        match export_disk(reader, disk, manifest.chunk_size, &path).await {
-            Ok(_) => written.push(path),
-            Err(e) => {
-                let remove = move || written.iter().all(|path| remove_file(path));
-                blocking(remove).await.ok();
-                return Err(e);
-            }
+        let name = files::unlike(&names, named_as(&name, image_extension(disk)));
+        if let Err(e) = export_disk(reader, disk, manifest.chunk_size, &dir.join(&name)).await {
+            remove_files(names.iter().map(|name| dir.join(name)).collect()).await;
+            return Err(e);
         }
+        names.push(name);
     }
-    Ok(written)
+    Ok(names.iter().map(|name| dir.join(name)).collect())
 }
 
 /// A disk file of [`export_tree`].
@@ -131,9 +125,7 @@ pub async fn export_tree(
         let written =
             disk::write(reader, &file.disk, below, manifest.chunk_size, path, create).await;
         if let Err(e) = written {
-            for path in paths.iter().take(at) {
-                remove_file(path);
-            }
+            remove_files(paths[..at].to_vec()).await;
             return Err(e);
         }
     }
@@ -161,10 +153,6 @@ pub async fn export_disk(
     disk::write(reader, disk, None, chunk_size, path, create).await
 }
 
-fn name_in(path: &Path) -> Option<String> {
-    Some(path.file_name()?.to_string_lossy().into_owned())
-}
-
 /// The file name without any folder that a manifest might hold.
 fn safe_name(name: &str, otherwise: &str) -> String {
     let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
@@ -189,6 +177,18 @@ fn remove_file(path: &Path) -> bool {
             false
         }
         _ => true,
+    }
+}
+
+/// Removes each of the files, whatever becomes of the others.
+async fn remove_files(files: Vec<PathBuf>) {
+    let remove = move || {
+        for file in &files {
+            remove_file(file);
+        }
+    };
+    if let Err(e) = blocking(remove).await {
+        tracing::error!(error = %e, "files of a failed export may stay behind");
     }
 }
 
@@ -376,4 +376,19 @@ async fn write_config_file(
     // The VM is made from it, and may be all there is by then.
     reader.pool.run(move || target.sync_all()).await?.map_err(JobError::file("sync", path))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_removed_keeps_no_other_one() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let [stays, goes] = ["stays.vhdx", "goes.vhdx"].map(|name| dir.path().join(name));
+        std::fs::create_dir(&stays).expect("a folder is no file");
+        std::fs::write(&goes, b"half").expect("written");
+        remove_files(vec![stays.clone(), goes.clone()]).await;
+        assert!(stays.exists() && !goes.exists());
+    }
 }

@@ -100,14 +100,17 @@ fn free(before: &[DiskFile], name: String) -> String {
 }
 
 /// As [`free`], beside plain names.
-pub(super) fn unlike(taken: &[&str], name: String) -> String {
-    let is_free = |name: &str| taken.iter().all(|t| t.to_lowercase() != name.to_lowercase());
+pub(super) fn unlike(taken: &[impl AsRef<str>], name: String) -> String {
+    let is_free = |name: &str| {
+        let name = name.to_lowercase();
+        taken.iter().all(|taken| taken.as_ref().to_lowercase() != name)
+    };
     if is_free(&name) {
         return name;
     }
     let (stem, extension) = name.rsplit_once('.').unwrap_or((&name, ""));
-    let numbered = (2_u32..).map(|n| format!("{stem} ({n}).{extension}"));
-    numbered.into_iter().find(|name| is_free(name)).unwrap_or_default()
+    let mut numbered = (2_u32..).map(|n| format!("{stem} ({n}).{extension}"));
+    numbered.find(|name| is_free(name)).unwrap_or_default()
 }
 
 /// A file name for a disk.
