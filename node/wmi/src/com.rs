@@ -24,6 +24,10 @@ mod apartment;
 #[cfg(windows)]
 mod events;
 #[cfg(windows)]
+mod failure;
+#[cfg(windows)]
+mod proxy;
+#[cfg(windows)]
 mod session;
 #[cfg(windows)]
 mod variant;

@@ -15,7 +15,8 @@ use windows::Win32::System::Com::{
     RPC_C_AUTHN_LEVEL_PKT_PRIVACY, RPC_C_IMP_LEVEL_IMPERSONATE,
 };
 
-use super::session::{CONNECT, Failure, Patience, Session};
+use super::failure::Failure;
+use super::session::{CONNECT, Patience, Session};
 use super::status::{self, Doing};
 use crate::WmiError;
 

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::apartment::Com;
+use super::failure::Failure;
 use super::overflow::Overflow;
-use super::session::{Failure, Session};
+use super::session::Session;
 use super::status;
 use crate::{EventStream, Object, WmiError};
 

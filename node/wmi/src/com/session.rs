@@ -5,11 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use windows::Win32::System::Com::{
-    CLSCTX_INPROC_SERVER, CoCreateInstance, CoSetProxyBlanket, EOAC_NONE, GetErrorInfo,
-    RPC_C_AUTHN_LEVEL_PKT_PRIVACY, RPC_C_IMP_LEVEL_IMPERSONATE,
-};
-use windows::Win32::System::Rpc::{RPC_C_AUTHN_WINNT, RPC_C_AUTHZ_NONE};
+use windows::Win32::System::Com::{CLSCTX_INPROC_SERVER, CoCreateInstance};
 use windows::Win32::System::Variant::VARIANT;
 use windows::Win32::System::Wmi::{
     IEnumWbemClassObject, IWbemCallResult, IWbemClassObject, IWbemLocator, IWbemObjectTextSrc,
@@ -21,7 +17,9 @@ use windows::Win32::System::Wmi::{
 use windows::core::{BSTR, HSTRING, IUnknown, Interface};
 
 use super::cim::{Base, CimType, to_value, to_variant};
+use super::failure::{Failure, as_com, failed};
 use super::path::{Place, class_of};
+use super::proxy::{protect, protect_if_proxy};
 use super::variant::{self, Objects};
 use crate::{Object, Value, embedded};
 
@@ -35,35 +33,6 @@ const SLICE_MS: i32 = 200;
 const BATCH: usize = 32;
 /// How deep objects lie within objects.
 const MAX_DEPTH: u32 = 6;
-
-/// Why a call gave nothing.
-#[derive(Debug)]
-pub(super) enum Failure {
-    /// COM's status, and its words.
-    Com {
-        /// HRESULT.
-        code: u32,
-        /// Often empty.
-        message: String,
-    },
-    /// It was not finished in time; whether it will be is unknown.
-    Late,
-    /// The caller has gone.
-    Cancelled,
-    /// The arguments are not what the method takes.
-    Arguments(String),
-}
-
-impl From<windows::core::Error> for Failure {
-    fn from(error: windows::core::Error) -> Self {
-        let message = told_by_provider().unwrap_or_else(|| error.message());
-        Self::Com { code: error.code().0.cast_unsigned(), message }
-    }
-}
-
-fn failed(code: i32) -> Failure {
-    windows::core::Error::from_hresult(windows::core::HRESULT(code)).into()
-}
 
 /// When to stop waiting.
 pub(super) struct Patience<'a> {
@@ -472,32 +441,6 @@ impl Session {
     }
 }
 
-/// Signs and encrypts what goes through a proxy: the namespace of failover clusters asks for it.
-fn protect(proxy: &impl Interface) -> windows::core::Result<()> {
-    let proxy: IUnknown = proxy.cast()?;
-    // SAFETY: the proxy lives until the call returns; no other pointer is passed.
-    unsafe {
-        CoSetProxyBlanket(
-            &proxy,
-            RPC_C_AUTHN_WINNT,
-            RPC_C_AUTHZ_NONE,
-            None,
-            RPC_C_AUTHN_LEVEL_PKT_PRIVACY,
-            RPC_C_IMP_LEVEL_IMPERSONATE,
-            None,
-            EOAC_NONE,
-        )
-    }
-}
-
-/// As [`protect`], for objects that come out of a protected one: they do not inherit it, and some of them are in this
-/// very process and no proxies at all.
-fn protect_if_proxy(proxy: &impl Interface) {
-    if let Err(e) = protect(proxy) {
-        tracing::trace!(error = %e, "an object without a security of its own");
-    }
-}
-
 /// WMI's own text of an instance.
 fn own_text(instance: &IWbemClassObject) -> windows::core::Result<String> {
     // SAFETY: the thread has entered COM; the instance lives until the call returns.
@@ -516,39 +459,6 @@ fn type_name(instance: &IWbemClassObject, name: &str) -> Option<&'static str> {
     unsafe { instance.Get(&HSTRING::from(name), 0, &raw mut value, Some(&raw mut number), None) }
         .ok()?;
     CimType::from_number(number).base.name()
-}
-
-/// What the provider itself said about a failure (`__ExtendedStatus`): its words and its own status.
-fn told_by_provider() -> Option<String> {
-    // SAFETY: plain calls; COM writes into the results.
-    unsafe {
-        let told: IWbemClassObject = GetErrorInfo(0).ok()?.cast().ok()?;
-        let text = |name: &str| {
-            let mut value = VARIANT::default();
-            told.Get(&HSTRING::from(name), 0, &raw mut value, None, None).ok()?;
-            match variant::read(&value, &Unread).ok()? {
-                super::cim::Variant::Text(text) => Some(text.trim().to_owned()),
-                super::cim::Variant::I32(n) if n != 0 => Some(format!("0x{n:08X}")),
-                _ => None,
-            }
-            .filter(|text| !text.is_empty())
-        };
-        let parts: Vec<String> =
-            ["Description", "StatusCode"].into_iter().filter_map(text).collect();
-        (!parts.is_empty()).then(|| parts.join(" "))
-    }
-}
-
-/// Objects within an error are not looked at.
-struct Unread;
-
-impl Objects for Unread {
-    fn read(&self, _: &IUnknown) -> windows::core::Result<Object> {
-        Ok(Object::default())
-    }
-    fn make(&self, _: &Object) -> windows::core::Result<IUnknown> {
-        Err(windows::Win32::Foundation::E_NOTIMPL.into())
-    }
 }
 
 enum Fetched {
@@ -592,21 +502,6 @@ fn finished(
 struct Within<'a> {
     session: &'a Session,
     depth: u32,
-}
-
-fn as_com(failure: Failure) -> windows::core::Error {
-    match failure {
-        Failure::Com { code, message } => {
-            windows::core::Error::new(windows::core::HRESULT(code.cast_signed()), message)
-        }
-        other => windows::core::Error::new(
-            windows::Win32::Foundation::E_UNEXPECTED,
-            match other {
-                Failure::Arguments(text) => text,
-                _ => "cancelled".into(),
-            },
-        ),
-    }
 }
 
 impl Objects for Within<'_> {
