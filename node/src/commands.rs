@@ -296,6 +296,20 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
+    /// Waits until the process whose id a script wrote into `file` is dead.
+    async fn until_gone(file: &Path) {
+        let pid: u32 = std::fs::read_to_string(file).expect("begun").trim().parse().expect("a pid");
+        let gone = async {
+            // Killed, and reaped by whoever is the parent now; a zombie is dead, too.
+            while std::fs::read_to_string(format!("/proc/{pid}/stat"))
+                .is_ok_and(|stat| !stat.contains(") Z "))
+            {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(LONG, gone).await.expect("the child is gone");
+    }
+
     #[tokio::test]
     async fn a_command_knows_its_job_and_is_judged_by_its_exit_code() {
         let environment = [("OUTRIDER_VM", "장부 <1>".to_owned())];
@@ -322,16 +336,7 @@ mod tests {
         let ended = run(&shell(&script, Duration::from_secs(1)), &[]).await;
         assert!(!ended.good && ended.how.contains("killed after 1 s"), "{ended:?}");
         assert!(ended.output.contains("begun"), "{ended:?}");
-        let pid: u32 = std::fs::read_to_string(file).expect("begun").trim().parse().expect("a pid");
-        let gone = async {
-            // Killed, and reaped by whoever is the parent now; a zombie is dead, too.
-            while std::fs::read_to_string(format!("/proc/{pid}/stat"))
-                .is_ok_and(|stat| !stat.contains(") Z "))
-            {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        tokio::time::timeout(LONG, gone).await.expect("the child is gone");
+        until_gone(&file).await;
     }
 
     #[tokio::test]
@@ -350,15 +355,7 @@ mod tests {
             .expect("started");
         let ended = tokio::time::timeout(LONG, child.wait()).await.expect("in time");
         assert!(!ended.expect("waited for").success());
-        let pid: u32 = std::fs::read_to_string(file).expect("begun").trim().parse().expect("a pid");
-        let gone = async {
-            while std::fs::read_to_string(format!("/proc/{pid}/stat"))
-                .is_ok_and(|stat| !stat.contains(") Z "))
-            {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        tokio::time::timeout(LONG, gone).await.expect("the child is gone");
+        until_gone(&file).await;
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@
 //! | [`install`] | the line that installs an agent |
 //! | [`judge`] | is the restore exact, is the host clean? |
 //! | [`real`] | the same fabric with real VMs: QEMU instead of the simulated cluster |
+//! | [`restores`] | restores, and their ends |
 //! | [`sabotage`] | power cuts and rot in a storage node's files |
 //! | [`traces`] | an OTLP receiver |
 //! | [`wait`] | waiting for states, never for time |
@@ -31,6 +32,7 @@ pub mod operator;
 pub mod process;
 #[cfg(target_os = "linux")]
 pub mod real;
+pub mod restores;
 pub mod sabotage;
 pub mod traces;
 pub mod wait;

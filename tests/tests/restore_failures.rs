@@ -6,34 +6,11 @@ use std::path::{Path, PathBuf};
 use outrider_lab::{Comparison, DiskSource, Fault, FaultKind, HoldSpec, WaitFor, When};
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_tests::fabric::MIB;
+use outrider_tests::restores::{copy_to, in_place, restored};
 use outrider_tests::wait::DEADLINE;
 use outrider_tests::{Fabric, Plan};
 
 const VM: &str = "ledger";
-
-fn copy_to(point: &rpc::Point, host: &str, name: &str) -> rpc::RestoreRequest {
-    rpc::RestoreRequest {
-        point_id: point.point_id.clone(),
-        to_host: host.to_owned(),
-        new_name: name.to_owned(),
-        power_on: true,
-        ..Default::default()
-    }
-}
-
-fn in_place(point: &rpc::Point) -> rpc::RestoreRequest {
-    rpc::RestoreRequest {
-        point_id: point.point_id.clone(),
-        overwrite: true,
-        keep_guid: true,
-        ..Default::default()
-    }
-}
-
-async fn restored(fabric: &Fabric, request: rpc::RestoreRequest) -> rpc::Job {
-    let job = fabric.operator.restore(request).await.expect("the restore starts");
-    fabric.operator.ended(&job.job_id).await
-}
 
 /// Disk files below a folder.
 fn disks_in(folder: &Path) -> Vec<PathBuf> {

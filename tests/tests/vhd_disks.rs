@@ -6,16 +6,12 @@ use outrider_disk::{DiskFormat, DiskKind, DiskWriter, NewDisk, ReadDisk, open_di
 use outrider_lab::{DiskSource, VmState};
 use outrider_proto::rpc::{self, BackupKind};
 use outrider_tests::fabric::MIB;
+use outrider_tests::restores::{copy_to, in_place, restored};
 use outrider_tests::{Fabric, Plan};
 
 const VM: &str = "legacy";
 
 const KINDS: [DiskKind; 2] = [DiskKind::Dynamic, DiskKind::Fixed];
-
-async fn restored(fabric: &Fabric, request: rpc::RestoreRequest) -> rpc::Job {
-    let job = fabric.operator.restore(request).await.expect("the restore starts");
-    fabric.operator.ended(&job.job_id).await
-}
 
 fn files(vm: &VmState) -> Vec<PathBuf> {
     vm.disks.iter().filter_map(|disk| disk.chain.last().cloned()).collect()
@@ -46,14 +42,7 @@ async fn a_vm_with_vhds_is_defined_from_its_restored_vhds_and_restored_in_place(
     let point = fabric.operator.backed_up(VM, BackupKind::Full).await;
     let expected = KINDS.map(|kind| ("vhd".to_owned(), DiskFormat::Vhd, kind));
 
-    let copy = rpc::RestoreRequest {
-        point_id: point.point_id.clone(),
-        to_host: "beta".into(),
-        new_name: "legacy-copy".into(),
-        power_on: true,
-        ..Default::default()
-    };
-    let job = restored(&fabric, copy).await;
+    let job = restored(&fabric, copy_to(&point, "beta", "legacy-copy")).await;
     assert!(job.state.starts_with("completed") && job.error_code.is_empty(), "{job:?}");
     let vm = fabric.seen("legacy-copy").await;
     assert_eq!(vm.enabled_state, 2, "it runs: {vm:?}");
@@ -62,14 +51,8 @@ async fn a_vm_with_vhds_is_defined_from_its_restored_vhds_and_restored_in_place(
 
     let before = fabric.seen(VM).await;
     fabric.write(VM, MIB, 7).await;
-    let in_place = rpc::RestoreRequest {
-        point_id: point.point_id.clone(),
-        overwrite: true,
-        keep_guid: true,
-        power_on: true,
-        ..Default::default()
-    };
-    let job = restored(&fabric, in_place).await;
+    let request = rpc::RestoreRequest { power_on: true, ..in_place(&point) };
+    let job = restored(&fabric, request).await;
     assert!(job.state.starts_with("completed") && job.error_code.is_empty(), "{job:?}");
     let after = fabric.seen(VM).await;
     assert_eq!((after.id, after.enabled_state), (before.id, 2), "{after:?}");

@@ -31,24 +31,43 @@ impl World {
     }
 }
 
+/// A backup whose reads stand still, since its volume was paused.
+struct Standing {
+    job: Job,
+    attempt: lab_world::Attempt,
+    paused: u64,
+}
+
+impl Standing {
+    async fn in_mid_read(world: &World) -> Self {
+        let gate = GateSpec { vm: world.name(), host: None, budget: 2 * MIB };
+        let gate = world.lab.set_gate(gate).await.expect("a gate");
+        let job = Job::new(BackupKind::Full);
+        let attempt = world.attempt(job, "alpha", 1).await;
+        world.lab.wait(WaitFor::GateBlocked { gate }, DEADLINE).await.expect("it reads");
+        let paused = FaultKind::CsvPaused { csv: CSV.into() };
+        let paused = world.lab.set_fault(Fault::new(paused)).await.expect("in force");
+        world.lab.release_gate(gate).await.expect("open");
+        let stands = WaitFor::ReadsPaused { csv: CSV.into() };
+        world.lab.wait(stands, DEADLINE).await.expect("its reads stand still");
+        Self { job, attempt, paused }
+    }
+
+    /// The volume is there again; the job ends well.
+    async fn goes_on(self, world: &World) {
+        world.lab.clear_fault(self.paused).await.expect("goes on");
+        assert!(self.attempt.end().await, "{:?}", world.coordinator.with(|d| d.finished.clone()));
+        world.judge(self.job).await;
+        world.assert_clean().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_volume_is_waited_for_in_the_middle_of_reading() {
     let world = World::small().await;
-    let gate = GateSpec { vm: world.name(), host: None, budget: 2 * MIB };
-    let gate = world.lab.set_gate(gate).await.expect("a gate");
-    let job = Job::new(BackupKind::Full);
-    let attempt = world.attempt(job, "alpha", 1).await;
-    world.lab.wait(WaitFor::GateBlocked { gate }, DEADLINE).await.expect("it reads");
-    let paused = FaultKind::CsvPaused { csv: CSV.into() };
-    let paused = world.lab.set_fault(Fault::new(paused)).await.expect("in force");
-    world.lab.release_gate(gate).await.expect("open");
-    let stands = WaitFor::ReadsPaused { csv: CSV.into() };
-    world.lab.wait(stands, DEADLINE).await.expect("its reads stand still");
+    let standing = Standing::in_mid_read(&world).await;
     assert!(world.coordinator.with(|d| d.finished.is_empty()), "that is no failure");
-    world.lab.clear_fault(paused).await.expect("goes on");
-    assert!(attempt.end().await, "{:?}", world.coordinator.with(|d| d.finished.clone()));
-    world.judge(job).await;
-    world.assert_clean().await;
+    standing.goes_on(&world).await;
 }
 
 /// The reads of a volume that is away stand still on their threads; the other jobs of the agent have theirs.
@@ -56,23 +75,11 @@ async fn a_paused_volume_is_waited_for_in_the_middle_of_reading() {
 async fn a_volume_that_is_away_keeps_no_job_on_another_volume_from_its_end() {
     let world = World::small().await;
     let other = world.neighbour("Volume2").await;
-    let gate = GateSpec { vm: world.name(), host: None, budget: 2 * MIB };
-    let gate = world.lab.set_gate(gate).await.expect("a gate");
-    let job = Job::new(BackupKind::Full);
-    let attempt = world.attempt(job, "alpha", 1).await;
-    world.lab.wait(WaitFor::GateBlocked { gate }, DEADLINE).await.expect("it reads");
-    let paused = FaultKind::CsvPaused { csv: CSV.into() };
-    let paused = world.lab.set_fault(Fault::new(paused)).await.expect("in force");
-    world.lab.release_gate(gate).await.expect("open");
-    let stands = WaitFor::ReadsPaused { csv: CSV.into() };
-    world.lab.wait(stands, DEADLINE).await.expect("its reads stand still");
+    let standing = Standing::in_mid_read(&world).await;
     let neighbours = other.back_up("alpha", BackupKind::Full).await;
     other.judge(neighbours).await;
     assert!(world.coordinator.with(|d| d.finished.is_empty()), "the first one waits");
-    world.lab.clear_fault(paused).await.expect("goes on");
-    assert!(attempt.end().await, "{:?}", world.coordinator.with(|d| d.finished.clone()));
-    world.judge(job).await;
-    world.assert_clean().await;
+    standing.goes_on(&world).await;
     other.assert_clean().await;
 }
 
